@@ -1,0 +1,162 @@
+"""Launch a script as users do, with real processes; interrupt it; read its run folder."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "train_quantumgrav.py"
+MARK = "TEST_LAUNCH_ID"  # in the environment of every process of a launch, so that none can be left over unseen
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Launch:
+    """A running launch. `processes` ranks started by `via`: python, accelerate, torchrun, or ranks (as torchrun does,
+    without the seconds that torchrun needs)."""
+
+    def __init__(self, args, *, processes=1, via=None, script=SCRIPT, env=None, config="2xcpu.yaml", launcher_args=(), cwd=ROOT):
+        via = via or ("python" if processes == 1 else "ranks")
+        self.id = uuid.uuid4().hex
+        self.args = [str(a) for a in args]
+        base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        base |= {MARK: self.id, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **(env or {})}
+        launchers = {
+            "python": [sys.executable],
+            "accelerate": [
+                sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / config),
+                "--num_processes", str(processes), *launcher_args,
+            ],
+            "torchrun": [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *launcher_args],
+        }  # fmt: skip
+        self.log = open(f"/tmp/launch-{self.id}.log", "w+b")
+        options = {"stdout": self.log, "stderr": subprocess.STDOUT, "cwd": cwd, "start_new_session": True}
+        if via == "ranks":
+            shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            self.children = [
+                subprocess.Popen([sys.executable, str(script), *self.args], env=base | shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, **options)
+                for r in range(processes)
+            ]
+        else:
+            self.children = [subprocess.Popen([*launchers[via], str(script), *self.args], env=base, **options)]
+
+    @property
+    def pid(self) -> int:
+        return self.children[0].pid
+
+    def output(self) -> str:
+        return Path(self.log.name).read_text(errors="replace")
+
+    def wait(self, timeout: float = 240) -> int:
+        """The first exit code that is not 0. A launch that outlives the timeout is killed and fails the test."""
+        end = time.monotonic() + timeout
+        try:
+            codes = [child.wait(max(0.1, end - time.monotonic())) for child in self.children]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
+        return next((code for code in codes if code), 0)
+
+    def members(self) -> dict[int, str]:
+        """Every living process of this launch with its command line: launcher, ranks, workers."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if f"{MARK}={self.id}".encode() in (entry / "environ").read_bytes() and "State:\tZ" not in (entry / "status").read_text():
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:
+                    continue  # it ended while we looked
+        return found
+
+    def ranks(self) -> list[int]:
+        """Training processes, oldest first; neither launchers nor loader workers."""
+        members = self.members()
+        mine = [p for p, command in members.items() if ".py" in command and "-m " not in command]
+        return sorted(p for p in mine if int(Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[1]) not in mine)
+
+    def kill(self) -> None:
+        for pid in self.members():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        for child in self.children:
+            child.wait()
+
+    def wait_gone(self, seconds: float = 20) -> dict[int, str]:
+        """What is still alive after the given time: empty when all is well."""
+        end = time.monotonic() + seconds
+        while (left := self.members()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return left
+
+    def wait_for(self, condition, timeout: float = 120) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > end or all(child.poll() is not None for child in self.children):
+                raise AssertionError(f"waited in vain:\n{self.output()}")
+            time.sleep(0.02)
+
+
+def run(args, *, ok: bool = True, timeout: float = 240, **options) -> str:
+    """Launch, wait, and return the output; the exit code must be 0 (or, with ok=False, must not)."""
+    launch = Launch(args, **options)
+    code = launch.wait(timeout)
+    text = launch.output()
+    assert (code == 0) == ok, f"exit code {code}:\n{text}"
+    return text
+
+
+def rows(folder: Path, part: str = "") -> list[dict]:
+    """Rows of metrics.jsonl without wall-clock values; `part` keeps those that hold such keys (train, val, test)."""
+    found = []
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        row = {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")}
+        if not part or any(k.startswith(part + "/") for k in row):
+            found.append(row)
+    return found
+
+
+def last_step(folder: Path) -> int:
+    try:
+        return max((row["step"] for row in rows(folder)), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """Model and EMA of the newest checkpoint."""
+    from safetensors.numpy import load_file
+
+    newest = sorted((Path(folder) / "checkpoints").glob("step-*"))[-1]
+    return {f"{name}/{k}": v for name in ("model", "ema") for k, v in load_file(newest / f"{name}.safetensors").items()}
+
+
+def assert_same_run(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Equal rows, weights and EMA: to the bit when no tolerance is given."""
+    mine, theirs = rows(one), rows(other)
+    assert [r["step"] for r in mine] == [r["step"] for r in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == b[key] or abs(a[key] - b[key]) <= atol + rtol * abs(b[key]), f"step {a['step']} {key}: {a[key]} != {b[key]}"
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for key in a:
+        if rtol == atol == 0:
+            assert np.array_equal(a[key], b[key]), key
+        else:
+            np.testing.assert_allclose(a[key], b[key], rtol=rtol * 100, atol=max(atol, 1e-6), err_msg=key)
