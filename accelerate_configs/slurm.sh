@@ -16,14 +16,15 @@
 output=$(grep -oP -- '--output-dir[ =]\K\S+' <<<"$*") || { echo "give --output-dir, so that a requeued job finds its run"; exit 2; }
 [ -e "$output/DONE" ] && exit 0
 
-export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 16))  # the default of 1 starves metrics and resizing in the main process
+gpus=${SLURM_GPUS_ON_NODE:-8}
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / gpus / 2 > 0 ? SLURM_CPUS_PER_TASK / gpus / 2 : 1))  # the default of 1 starves metrics and resizing in the main process
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150             # seconds to save before torchrun kills; its own 30 are too few
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # $SLURM_NODEID is read on each node, hence the single quotes around the command.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file accelerate_configs/2x8xa100.yaml \
-    --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) \
-    --machine_rank "$SLURM_NODEID" --main_process_ip "$0" "$@" --resume-from auto' "$head" "$@" &
+    --num_machines "$SLURM_NNODES" --num_processes "$1" --machine_rank "$SLURM_NODEID" --main_process_ip "$0" \
+    "${@:2}" --resume-from auto' "$head" $((SLURM_NNODES * gpus)) "$@" &
 trap 'kill -TERM $!; wait $!' TERM
 wait $!
 

@@ -328,7 +328,7 @@ class RunFolder:
             try:
                 content = read_checkpoint(directory)
             except ValueError as error:
-                logger.warning("Skipping %s: %s", directory, error)
+                logger.warning("Skipping %s: %s", directory, str(error))
                 continue
             self._check_identity(content["state"], directory)
             return content

@@ -1,0 +1,101 @@
+"""Every command of the README runs, here with two small CPU processes in place of the GPUs."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+LAUNCHES = [block for block in BLOCKS if "pip install" not in block]
+
+
+@pytest.fixture
+def clone(tmp_path, sets):
+    """A checkout with a dataset where the README says, the tools of this environment on the path, and a toy SLURM."""
+    for name in ("scripts", "common", "accelerate_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "csets").symlink_to(sets)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    slurm = {
+        "sbatch": 'exec env SLURM_JOB_ID=7 SLURM_NNODES=2 SLURM_CPUS_PER_TASK=2 SLURM_GPUS_ON_NODE=1 SLURM_JOB_NODELIST=n bash "$@"',
+        "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >> requeued; else echo 127.0.0.1; fi',
+        "srun": 'shift; trap \'kill -TERM $a $b; wait $a $b\' TERM\nSLURM_NODEID=0 "$@" & a=$!\nSLURM_NODEID=1 "$@" & b=$!\nwait $a; wait $b',
+    }
+    for name, body in slurm.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(stat.S_IRWXU)
+    return tmp_path
+
+
+def shell(command: str, clone: Path) -> subprocess.CompletedProcess:
+    path = f"{clone / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    return subprocess.run(["bash", "-ec", command], cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def small(block: str) -> str:
+    """The same commands, two processes, two steps."""
+    block = re.sub(r"(\S+/\d+x(gpu|t4|h200|a100)\.yaml)", r"\1 --num_processes 2", block)
+    return re.sub(r"(scripts/train_\w+\.py)", r"\1 --max-steps 2 --batch-size 4 --num-workers 0 --tracker none --width 8 --layers 1", block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", LAUNCHES, ids=lambda block: block.splitlines()[0][:40])
+def test_the_readme_commands_run(block, clone):
+    done = shell(small(block), clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = re.findall(r"--output-dir (\S+)", block)
+    assert folders and all((clone / folder / "DONE").exists() for folder in folders)
+    assert not (clone / "requeued").exists()
+
+
+def test_the_first_two_commands_are_what_ci_and_this_test_run():
+    install, tests = BLOCKS[0].strip(), BLOCKS[1].strip()
+    assert install == "pip install -r requirements.txt && python scripts/train_quantumgrav.py --demo"
+    ci = (ROOT / ".ci" / "run").read_text()
+    for part in tests.split(" && "):
+        assert part.replace("pip install", "pip install -q") in ci or part in ci
+
+
+def test_links_and_the_tree_exist():
+    for target in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"^(common/\S+|scripts/|tests/|accelerate_configs/) ", README, re.M):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_slurm_requeues_a_signalled_job_which_then_continues(clone):
+    """SLURM's warning before the time limit reaches the processes; the job asks for a requeue and ends the run next time."""
+    import signal
+    import time
+
+    from helpers import last_step
+
+    command = (
+        "sbatch accelerate_configs/slurm.sh scripts/train_quantumgrav.py --dataset-path data/csets --output-dir runs/s --max-steps 400"
+        " --epochs 99 --batch-size 2 --num-workers 0 --tracker none --width 8 --layers 1 --log-every 1 --eval-every 200"
+    )
+    environment = os.environ | {"PATH": f"{clone / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(["bash", "-c", "exec " + command], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 120
+    while last_step(clone / "runs/s") < 20 and time.monotonic() < end:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    text = job.communicate(timeout=120)[0]
+    assert (clone / "requeued").read_text() == "7\n", text
+    stopped = last_step(clone / "runs/s")
+    assert f"Stopped by a signal at step {stopped}" in text and not (clone / "runs/s/DONE").exists()
+    done = shell(command, clone)
+    assert done.returncode == 0 and f"Resumed from step {stopped}" in done.stderr + done.stdout, done.stdout + done.stderr
+    assert (clone / "runs/s/DONE").exists()
+    shutil.rmtree(clone / "runs")
