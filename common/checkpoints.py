@@ -182,7 +182,7 @@ class RunFolder:
         return self.agree(read)
 
     def finish(self, step: int, total_steps: int) -> None:
-        self.accelerator.wait_for_everyone()
+        """The end, after the last thing that a killed run would have to do again."""
         if self.accelerator.is_main_process:
             write_atomically(self.path / "DONE", json.dumps({"step": step, "total_steps": total_steps}))
 
@@ -274,6 +274,10 @@ class RunFolder:
             temporary.chmod(0o644)
             os.replace(temporary, target / "model.safetensors")
         self.accelerator.wait_for_everyone()
+
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The exported weights, on every rank."""
+        return self.agree(lambda: load_file(self.path / "model" / "model.safetensors"))
 
     # -- resuming -------------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ class RunLog:
         self.file.flush()
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
-    def train(self, step: int, epoch: int, values: dict[str, float], *, samples: int, waited: float) -> None:
+    def train(self, step: int, epoch: int, values: dict, *, samples: int, waited: float, perf: dict | None = None) -> None:
         """A training row; `samples` is one step's count over all processes, `waited` the seconds spent on data so far."""
         if not self.active:
             return
@@ -120,7 +120,7 @@ class RunLog:
         speed = samples * (step - since) / seconds
         share = (waited - waited_then) / seconds
         remaining = clock((self.total_steps - step) * seconds / max(step - since, 1))
-        perf = {"perf/samples_per_s": speed, "perf/data_wait": share}
+        perf = {"perf/samples_per_s": speed, "perf/data_wait": share, **{f"perf/{k}": v for k, v in (perf or {}).items()}}
         self._write({"step": step, "epoch": epoch, **{f"train/{k}": v for k, v in values.items()}, **perf})
         line = f"loss={values['loss']:.4f} {speed:,.0f} {self.unit}/s, data wait {share:.0%}"
         self.bar.set_postfix_str(line, refresh=False)

@@ -7,10 +7,11 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from time import perf_counter
+from pathlib import Path
 
 import accelerate.optimizer
 import numpy as np
@@ -211,6 +212,14 @@ class StepSampler(Sampler):
             batch, np.clip(np.maximum.accumulate(cuts - lowest) + lowest, lowest, len(batch) - self.parts + lowest)
         )
 
+    def balance(self, step: int) -> tuple[float, float]:
+        """(padding waste, imbalance): the share of the cost that pads smaller samples to their batch's largest, and the
+        busiest process's cost over the mean, 1 when all are equally busy."""
+        parts = [self.costs[part] for part in self.micro_batches(step)]
+        padded = np.array([len(part) * part.max() for part in parts])
+        busy = padded.reshape(self.accumulation, self.processes).sum(0)
+        return float(1 - sum(part.sum() for part in parts) / padded.sum()), float(busy.max() / busy.mean())
+
     def __len__(self) -> int:
         return (self.total_steps - self.start) * self.accumulation
 
@@ -277,15 +286,25 @@ class StepLoader:
         self.accumulation, self.waited = loader.batch_sampler.accumulation, 0.0
 
     def __next__(self) -> list:
-        began = perf_counter()
+        began = time.perf_counter()
         batches = [send_to_device(next(self.batches), self.device, non_blocking=True) for _ in range(self.accumulation)]
-        self.waited += perf_counter() - began
+        self.waited += time.perf_counter() - began
         return batches
 
 
 def fingerprint(values: np.ndarray) -> str:
     """A short hash, e.g. of a split: printed, stored with the checkpoint and compared on resume."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:12]
+
+
+def made_by_main(accelerator: Accelerator, path: Path, make: Callable[[], object]) -> None:
+    """Rank 0 makes `path`, however long it takes; the others look for it, since no collective waits that long."""
+    if accelerator.is_main_process and not path.exists():
+        make()
+    while not path.exists():
+        if stop_requested():
+            raise UserError(f"Stopped while waiting for rank 0 to make {path}.")
+        time.sleep(0.2)
 
 
 def gather_samples(accelerator: Accelerator, batches: Sequence[dict[str, Tensor]], size: int) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from common.cli import RunConfig, UserError, parse, sentences
 # Config
 
 TASKS = ("manifold_like", "class", "dimension", "curvature")
+DEMO_SETS = 3000
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Config(RunConfig):
         "epochs": 6,
         "num_workers": 0,
         "eval_every": 75,
+        "transfer_path": "data/demo/causal_sets_large",
         "tracker": "none",
     }
 
@@ -56,6 +58,10 @@ class Config(RunConfig):
     """Sum of squared atom numbers per process and micro-batch, instead of --batch-size sets; 0: off."""
     time_reversal: bool = True
     """Turn half of the training sets upside down; no label changes under time reversal."""
+    transfer_path: Path | None = None
+    """Further sets, e.g. larger ones, on which the best model is tested at the end too."""
+    baseline_sets: int = 6000
+    """Training sets given to the classical baselines that the report puts beside the network; 0: none."""
     coarse_grain: float = 0.0
     """Remove up to this share of a training set's atoms at random; manifold-likeness and dimension survive it."""
 
@@ -118,12 +124,16 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import training
-from common.causal_sets import Store
+from common.causal_report import classical_baselines, draw_classification, shortcut, write_predictions
+from common.causal_sets import Store, convert_zarr
 from common.checkpoints import RunFolder
+from common.demo_data.causal_sets import write
 from common.logs import RunLog
+from common.metrics import auc, confusion, weighted_f1
 
 logger = logging.getLogger("run")
 
@@ -152,7 +162,7 @@ class CausalSets(torch.utils.data.Dataset):
                 order = order[: math.ceil(len(order) * (1 - self.config.coarse_grain * rng.random()))]
             if self.config.time_reversal and rng.random() < 0.5:
                 relations = relations.T
-        labels = {name: values[sample] for name, values in self.store.labels.items() if name in TASKS}
+        labels = {task: self.store.labels[task][sample] if task in self.store.labels else math.nan for task in TASKS}
         return {"id": sample, "relations": relations[np.ix_(order, order)], **labels}
 
 
@@ -356,6 +366,11 @@ class CausalNet(nn.Module):
 # Tasks: targets, losses and metrics
 
 
+def known_labels(store: Store, ids: np.ndarray, task: str) -> np.ndarray:
+    values = store.labels.get(task, np.full(len(store), np.nan))[ids].astype(np.float64)
+    return values[np.isfinite(values) & ((values >= 0) | (task == "curvature"))]
+
+
 @dataclass
 class Tasks:
     """What the labels mean: class names, the dimensions that occur, the scale of the curvature. Stored with the model."""
@@ -367,19 +382,16 @@ class Tasks:
 
     @classmethod
     def of(cls, store: Store, train: np.ndarray, names: tuple[str, ...]) -> "Tasks":
-        dimension, curvature = store.labels["dimension"][train], store.labels["curvature"][train]
-        dimensions = tuple(np.unique(dimension[np.isfinite(dimension)]).tolist())
-        known = curvature[np.isfinite(curvature)]
-        scale = (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
-        tasks = cls(tuple(names), tuple(store.classes), dimensions, scale)
+        known = {name: known_labels(store, train, name) for name in TASKS}
         for name in names:
-            values = store.labels[name][train]
-            values = values[values >= 0] if name in ("class", "manifold_like") else values[np.isfinite(values)]
-            if len(np.unique(values)) < 2:
+            kinds = len(np.unique(known[name]))
+            if kinds < 2:
                 raise UserError(
-                    f"--tasks {name}: the training sets hold {len(np.unique(values))} different labels; there is nothing to learn."
+                    f"--tasks {name}: the training sets hold {kinds} different labels, so there is nothing to learn."
                 )
-        return tasks
+        curvature = known["curvature"] if len(known["curvature"]) else np.zeros(1)
+        scale = (float(curvature.mean()), float(curvature.std()) or 1.0)
+        return cls(tuple(names), tuple(store.classes), tuple(np.unique(known["dimension"]).tolist()), scale)
 
     def outputs(self) -> dict[str, int]:
         sizes = {"manifold_like": 1, "class": len(self.classes), "dimension": len(self.dimensions), "curvature": 1}
@@ -418,6 +430,13 @@ class Tasks:
         ).float()
 
 
+def probabilities(task: str, outputs: np.ndarray) -> np.ndarray:
+    """One column per possible answer; columns 0 and 1 are no and yes for manifold_like."""
+    scores = np.stack([np.zeros(len(outputs)), outputs[:, 0]], 1) if task == "manifold_like" else outputs
+    scores = np.exp(scores - scores.max(1, keepdims=True))
+    return scores / scores.sum(1, keepdims=True)
+
+
 def metrics_of(tasks: Tasks, table: dict[str, np.ndarray]) -> dict[str, float]:
     """Metrics over a whole set, each sample once; "majority" is what always answering the commonest label would score."""
     values: dict[str, float] = {}
@@ -436,8 +455,11 @@ def metrics_of(tasks: Tasks, table: dict[str, np.ndarray]) -> dict[str, float]:
             values[f"{task}/mae"] = np.abs(error).mean()
             values[f"{task}/r2"] = 1 - (error**2).sum() / max((spread**2).sum(), 1e-12)
             continue
-        answer = outputs[:, 0] > 0 if task == "manifold_like" else outputs.argmax(1)
+        answer = probabilities(task, outputs).argmax(1)
         values[f"{task}/accuracy"] = (answer == target).mean()
+        values[f"{task}/f1"] = weighted_f1(confusion(target, answer, max(outputs.shape[1], 2)))
+        if task == "manifold_like":
+            values[f"{task}/auc"] = auc(target, outputs[:, 0])
         values[f"{task}/majority"] = np.unique(target, return_counts=True)[1].max() / len(target)
     return {"loss": total, **{key: float(value) for key, value in values.items()}}
 
@@ -470,7 +492,7 @@ def evaluate(model: nn.Module, tasks: Tasks, loader, accelerator) -> tuple[dict[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Main
+# Data and model for main
 
 
 def try_batch(model: nn.Module, tasks: Tasks, dataset: CausalSets, count: int) -> None:
@@ -481,24 +503,137 @@ def try_batch(model: nn.Module, tasks: Tasks, dataset: CausalSets, count: int) -
     model.zero_grad()
 
 
-def prepare_data(config: Config, accelerator) -> Store:
-    """The demo makes its sets; QuantumGrav's zarr stores are converted once; rank 0 does either while the others wait."""
-    path = config.dataset_path
-    if accelerator.is_main_process and config.demo and not path.exists():
-        from common.demo_data import causal_sets as demo
+def open_store(config: Config, path: Path, name: str, accelerator) -> Store:
+    """A store, or a folder of QuantumGrav's zarr stores, which rank 0 converts once."""
+    try:
+        sources = [path] if path.suffix == ".zarr" else sorted(path.glob("*.zarr"))
+        if sources:
+            path = path.with_suffix(".packed") if path.suffix == ".zarr" else path / "packed"
+            training.made_by_main(accelerator, path, partial(convert_zarr, sources, path))
+        return Store(path)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
-        logger.info("Making 3,000 causal sets in %s", path)
-        demo.write(path, 3000, seed=0, preset="zoo")
-    accelerator.wait_for_everyone()
-    return Store(path)
+
+def prepare_data(config: Config, accelerator) -> tuple[Store, Store | None]:
+    """The training store and the one for the transfer test. The demo makes its own, as files like anybody's."""
+    if config.demo:
+        make = partial(write, config.dataset_path, DEMO_SETS, seed=0, preset="zoo")
+        training.made_by_main(accelerator, config.dataset_path, make)
+        if config.transfer_path:
+            make = partial(write, config.transfer_path, DEMO_SETS // 10, seed=1, preset="zoo", n_min=120, n_max=160)
+            training.made_by_main(accelerator, config.transfer_path, make)
+    store = open_store(config, config.dataset_path, "--dataset-path", accelerator)
+    transfer = config.transfer_path and open_store(config, config.transfer_path, "--transfer-path", accelerator)
+    if transfer and transfer.classes != store.classes:
+        raise UserError(
+            f"--transfer-path {config.transfer_path} has other class names than --dataset-path: convert both alike."
+        )
+    return store, transfer
+
+
+def warn_of_shortcuts(store: Store, train: np.ndarray, tasks: Tasks) -> None:
+    """One number that explains the label means that the network need not learn anything about causal sets."""
+    for task in tasks.names:
+        labels = store.labels[task][train].astype(np.float64)
+        known = np.isfinite(labels) & (labels >= 0)
+        if task == "curvature" or known.sum() < 200:
+            continue
+        for name, accuracy in shortcut(store, train[known], labels[known]).items():
+            if accuracy > 0.9:
+                logger.warning(
+                    "Shortcut: %s alone predicts %s with accuracy %.2f; a high score will prove little", name, task, accuracy
+                )
+
+
+def load_model(folder: Path) -> tuple[CausalNet, Tasks, dict]:
+    """The exported model of a run: what `model/` holds. Used by predict_quantumgrav.py."""
+    saved = json.loads((folder / "config.json").read_text())
+    tasks = Tasks(**{key: tuple(value) for key, value in saved["tasks"].items()})
+    model = CausalNet(Config(**saved["config"]), tasks.outputs())
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval(), tasks, saved
+
+
+MODEL_FLAGS = ("model", "width", "layers", "heads", "dropout")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def describe_table(tasks: Tasks, table: dict[str, np.ndarray], store: Store, folder: Path, name: str) -> None:
+    """Predictions of every set as CSV, and a picture per task."""
+    columns: dict[str, np.ndarray] = {}
+    ids = table["id"]
+    if "class" in store.labels:
+        columns["kind"] = np.array([*store.classes, ""])[store.labels["class"][ids]]
+    hardness = store.labels.get("hardness", np.full(len(store), np.nan))[ids]
+    for task in tasks.names:
+        known, target = table[f"{task}/known"].astype(bool), table[f"{task}/target"]
+        outputs = table[f"{task}/output"].astype(np.float64)
+        if task == "curvature":
+            columns["curvature"] = np.where(known, target * tasks.curvature[1] + tasks.curvature[0], np.nan)
+            columns["curvature_answer"] = outputs[:, 0] * tasks.curvature[1] + tasks.curvature[0]
+            continue
+        answers = {
+            "manifold_like": ["no", "yes"],
+            "class": list(tasks.classes),
+            "dimension": [f"{d:g}" for d in tasks.dimensions],
+        }[task]
+        share = probabilities(task, outputs)
+        columns[task] = np.where(known, np.array(answers)[target.astype(int)], "")
+        columns[f"{task}_answer"] = np.array(answers)[share.argmax(1)]
+        columns[f"{task}_confidence"] = share.max(1)
+        if known.any():
+            kind = store.labels["class"][ids] if "class" in store.labels else None
+            kinds = None if kind is None or task == "class" else (list(store.classes), kind[known])
+            hard = {}
+            if kind is not None:
+                hard = {
+                    store.classes[k]: np.where(kind == k, hardness, np.nan)[known]
+                    for k in np.unique(kind[np.isfinite(hardness)])
+                }
+            (folder / "samples").mkdir(exist_ok=True)
+            draw_classification(
+                folder / "samples" / f"{name}_{task}.png", f"{name} {task}", answers,
+                target[known].astype(int), share[known], table["size"][known], kinds, hard,
+            )  # fmt: skip
+    write_predictions(folder / f"{name}.csv", ids, table["size"], columns)
+
+
+def report(config: Config, tasks: Tasks, store: Store, parts: list[CausalSets], metrics: dict[str, dict[str, float]]) -> str:
+    """A table per task: the network, the classical baselines on the same split, the commonest answer."""
+    train, _, test = (part.ids for part in parts)
+    targets = {}
+    for task in tasks.names:
+        labels = store.labels[task].astype(np.float64)
+        labels = labels if task == "curvature" else np.where(labels >= 0, labels, np.nan)
+        targets[task] = (labels[train], labels[test])
+    baselines: dict[str, dict[str, float]] = {}
+    if config.baseline_sets:
+        baselines = classical_baselines(store, train, test, targets, limit=config.baseline_sets, seed=config.seed)
+    lines = []
+    for task in tasks.names:
+        key = "r2" if task == "curvature" else "accuracy"
+        rows = [(f"network ({config.model})", metrics["test"][f"{task}/{key}"])]
+        if f"{task}/{key}" in metrics.get("transfer", {}):
+            rows.append((f"network on {config.transfer_path}", metrics["transfer"][f"{task}/{key}"]))
+        rows += baselines.get(task, {}).items()
+        rows.append(
+            ("the mean" if task == "curvature" else "the commonest answer", metrics["test"].get(f"{task}/majority", 0.0))
+        )
+        lines += [f"{task}: {key} on {len(test):,} test sets", *(f"  {value:6.3f}  {name}" for name, value in rows)]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
 
 
 def main(config: Config) -> None:
     accelerator = training.start(config)
-    try:
-        store = prepare_data(config, accelerator)
-    except ValueError as error:
-        raise UserError(f"--dataset-path: {error}") from None
+    store, transfer = prepare_data(config, accelerator)
     parts = [CausalSets(store, ids, config) for ids in split_ids(store, config)]
     train_set, val_set, test_set = parts
     tasks = Tasks.of(store, train_set.ids, config.tasks)
@@ -512,12 +647,14 @@ def main(config: Config) -> None:
         training.find_batch_size(accelerator, config, partial(try_batch, build().to(accelerator.device), tasks, train_set))
     budget = float(config.node_budget) or None
     sampler = training.StepSampler(len(train_set), config, accelerator, costs=cost, budget=budget)
-    split_hash = training.fingerprint(np.concatenate([np.append(part.ids, -1) for part in parts]))
+    contents = [np.append(store.signatures[part.ids], np.uint64(0)) for part in parts]  # which sets, not just which numbers
+    split_hash = training.fingerprint(np.concatenate(contents))
     folder = RunFolder(
         config, accelerator, {"samples per step": sampler.size_of_step, "seed": config.seed, "data split": split_hash}
     )
     if folder.finished(sampler.total_steps):
         logger.info("%s has reached its end already: nothing to do", config.output_dir)
+        accelerator.end_training()
         return
     folder.describe()
 
@@ -548,15 +685,16 @@ def main(config: Config) -> None:
     saved = (step, state["evaluated"])
     log = RunLog(config, accelerator, project="quantumgrav", step=step, total_steps=sampler.total_steps, unit="sets")
     logger.info(
-        "Data split complete: training %s validation %s test %s, split %s", *(f"{len(part):,}" for part in parts), split_hash
+        "Data split complete: training %s validation %s test %s, split %s", *(f"{len(p):,}" for p in parts), split_hash
     )
+    warn_of_shortcuts(store, train_set.ids, tasks)
     logger.info(
         "%d processes x batch %s x accumulation %d = %s sets per step, %d steps per epoch, %d in all; %s parameters",
         accelerator.num_processes, config.batch_size, config.accumulation_steps, sampler.size_of_step,
         sampler.steps_per_epoch, sampler.total_steps, f"{sum(p.numel() for p in raw.parameters()):,}",
     )  # fmt: skip
 
-    def eval_loader(part: CausalSets, batches: int | None = None):
+    def eval_loader(part: CausalSets, batches: int | None = None) -> torch.utils.data.DataLoader:
         size = min(config.batch_size, 64) if config.node_budget else config.batch_size
         dealt = training.EvalSampler(len(part), size, accelerator, costs=part.sizes, batches=batches)
         return training.make_loader(part, dealt, config, collate)
@@ -584,7 +722,8 @@ def main(config: Config) -> None:
             state["evaluated"] = step
             if better:
                 logger.info("Found better model at epoch %d.", epoch)
-                folder.export(ema.module, {"config": {"model": config.model}, "tasks": vars(tasks), "step": step})
+                flags = {name: getattr(config, name) for name in MODEL_FLAGS}
+                folder.export(ema.module, {"config": flags, "tasks": vars(tasks), "step": step})
             stopping = training.agree_to_stop(accelerator)
         due = step % save_every == 0 or last or stopping or better or state["ended"] or folder.wants(state, score)
         if due and saved != (step, state["evaluated"]):
@@ -626,8 +765,9 @@ def main(config: Config) -> None:
                 "lr": optimizer.param_groups[0]["lr"],
                 "skipped": guard.total,
             }
+            perf = dict(zip(("padding_waste", "imbalance"), sampler.balance(step - 1), strict=True))
             samples = len(sampler.global_batch(step - 1))
-            log.train(step, (step - 1) // sampler.steps_per_epoch, values, samples=samples, waited=steps.waited)
+            log.train(step, (step - 1) // sampler.steps_per_epoch, values, samples=samples, waited=steps.waited, perf=perf)
         if step % sampler.steps_per_epoch == 0:
             training.check_replicas(accelerator, raw, f"after step {step}")
 
@@ -635,6 +775,25 @@ def main(config: Config) -> None:
         logger.info("Stopped by a signal at step %d; continue with --resume-from auto", step)
         log.close()
         return
+
+    # ---- the test: the best model, on all ranks; then rank 0 reports
+    logger.info("Training process completed. Starting testing phase.")
+    ema.module.load_state_dict(folder.exported())
+    sets = {"test": test_set}
+    if transfer:
+        sets["transfer"] = CausalSets(transfer, np.arange(len(transfer)), config)
+    metrics, tables = {}, {}
+    for name, part in sets.items():
+        metrics[name], tables[name] = evaluate(ema.module, tasks, eval_loader(part), accelerator)
+        log.evaluation(
+            step, epoch, {f"test/{name}/{key}" if name != "test" else f"test/{key}": v for key, v in metrics[name].items()}
+        )
+    if accelerator.is_main_process:
+        for name, table in tables.items():
+            describe_table(tasks, table, sets[name].store, config.output_dir, name)
+        summary = report(config, tasks, store, parts, metrics)
+        (config.output_dir / "report.txt").write_text(summary + "\n")
+        logger.info("Testing phase completed, see %s and its samples:\n%s", config.output_dir / "report.txt", summary)
     folder.finish(step, sampler.total_steps)
     log.close()
 

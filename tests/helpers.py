@@ -27,7 +27,9 @@ class Launch:
     """A running launch. `processes` ranks started by `via`: python, accelerate, torchrun, or ranks (as torchrun does,
     without the seconds that torchrun needs)."""
 
-    def __init__(self, args, *, processes=1, via=None, script=SCRIPT, env=None, config="2xcpu.yaml", launcher_args=(), cwd=ROOT):
+    def __init__(
+        self, args, *, processes=1, via=None, script=SCRIPT, env=None, config="2xcpu.yaml", launcher_args=(), cwd=ROOT
+    ):
         via = via or ("python" if processes == 1 else "ranks")
         self.id = uuid.uuid4().hex
         self.args = [str(a) for a in args]
@@ -44,9 +46,18 @@ class Launch:
         self.log = open(f"/tmp/launch-{self.id}.log", "w+b")
         options = {"stdout": self.log, "stderr": subprocess.STDOUT, "cwd": cwd, "start_new_session": True}
         if via == "ranks":
-            shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            shared = {
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+            }
             self.children = [
-                subprocess.Popen([sys.executable, str(script), *self.args], env=base | shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, **options)
+                subprocess.Popen(
+                    [sys.executable, str(script), *self.args],
+                    env=base | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                    **options,
+                )
                 for r in range(processes)
             ]
         else:
@@ -75,7 +86,10 @@ class Launch:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    if f"{MARK}={self.id}".encode() in (entry / "environ").read_bytes() and "State:\tZ" not in (entry / "status").read_text():
+                    if (
+                        f"{MARK}={self.id}".encode() in (entry / "environ").read_bytes()
+                        and "State:\tZ" not in (entry / "status").read_text()
+                    ):
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 except OSError:
                     continue  # it ended while we looked
@@ -152,7 +166,9 @@ def assert_same_run(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            assert a[key] == b[key] or abs(a[key] - b[key]) <= atol + rtol * abs(b[key]), f"step {a['step']} {key}: {a[key]} != {b[key]}"
+            assert a[key] == b[key] or abs(a[key] - b[key]) <= atol + rtol * abs(b[key]), (
+                f"step {a['step']} {key}: {a[key]} != {b[key]}"
+            )
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     for key in a:

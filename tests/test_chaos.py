@@ -75,7 +75,9 @@ def torment(folder, flags, worlds, *, seed: int, least: int, via=None) -> list[s
     strikes: list[str] = []
     for _ in range(60):
         processes = rng.choice(worlds)
-        launch = Launch([*flags, *batch(processes), "--output-dir", folder, "--resume-from", "auto"], processes=processes, via=via)
+        launch = Launch(
+            [*flags, *batch(processes), "--output-dir", folder, "--resume-from", "auto"], processes=processes, via=via
+        )
         if len(strikes) < least:
             strikes.append(strike(launch, folder, rng))
         launch.wait()

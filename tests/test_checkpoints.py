@@ -63,7 +63,11 @@ def test_last_two_best_and_top_k_are_kept(tmp_path):
         run_folder.save(state, *parts(), score=score, best=score == 0.9)
     assert saved_steps(tmp_path) == [2, 4, 5, 6]
     names = json.loads((tmp_path / "checkpoints" / "names.json").read_text())
-    assert names == {"last": "step-00000006", "best": "step-00000002", "top": [[0.9, "step-00000002"], [0.8, "step-00000004"]]}
+    assert names == {
+        "last": "step-00000006",
+        "best": "step-00000002",
+        "top": [[0.9, "step-00000002"], [0.8, "step-00000004"]],
+    }
 
 
 @pytest.fixture
@@ -85,7 +89,9 @@ def reforge(directory: Path) -> None:
     """A manifest that fits: what an attacker would write too."""
     from common.checkpoints import _sha256
 
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in directory.iterdir() if p.name != "manifest.json"}
+    files = {
+        p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in directory.iterdir() if p.name != "manifest.json"
+    }
     (directory / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
 
 
@@ -97,9 +103,18 @@ DAMAGES = {
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest cannot be read"),
     "empty manifest": (lambda d: (d / "manifest.json").write_text(""), "manifest cannot be read"),
     "manifest of another kind": (lambda d: (d / "manifest.json").write_text("[1]"), "manifest cannot be read"),
-    "hostile optimizer": (lambda d: ((d / "optimizer.pt").write_bytes(pickle.dumps(Bomb())), reforge(d)), "something else than tensors"),
-    "hostile zip": (lambda d: (torch.save({"state": Bomb()}, d / "optimizer.pt"), reforge(d)), "something else than tensors"),
-    "hostile weights": (lambda d: ((d / "model.safetensors").write_bytes(pickle.dumps(Bomb())), reforge(d)), "something else than tensors"),
+    "hostile optimizer": (
+        lambda d: ((d / "optimizer.pt").write_bytes(pickle.dumps(Bomb())), reforge(d)),
+        "something else than tensors",
+    ),
+    "hostile zip": (
+        lambda d: (torch.save({"state": Bomb()}, d / "optimizer.pt"), reforge(d)),
+        "something else than tensors",
+    ),
+    "hostile weights": (
+        lambda d: ((d / "model.safetensors").write_bytes(pickle.dumps(Bomb())), reforge(d)),
+        "something else than tensors",
+    ),
 }
 
 
@@ -147,8 +162,12 @@ def test_what_resume_from_means(tmp_path, three):
 
 
 def test_another_global_batch_or_model_is_refused(three):
-    other = RunFolder(RunConfig(output_dir=three, resume_from="auto", batch_size=4), Accelerator(cpu=True), {"samples per step": 4})
-    with pytest.raises(UserError, match="samples per step = 8, this launch has 4.*pass --batch-size 4 --accumulation-steps 2"):
+    other = RunFolder(
+        RunConfig(output_dir=three, resume_from="auto", batch_size=4), Accelerator(cpu=True), {"samples per step": 4}
+    )
+    with pytest.raises(
+        UserError, match="samples per step = 8, this launch has 4.*pass --batch-size 4 --accumulation-steps 2"
+    ):
         other.resume(*parts())
     del other
     with pytest.raises(UserError, match="does not fit this model"):
@@ -193,7 +212,18 @@ def test_a_really_full_disk(sets, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        flags = ["--dataset-path", sets, "--output-dir", small / "run", "--tracker", "none", "--batch-size", 8, "--num-workers", 0]
+        flags = [
+            "--dataset-path",
+            sets,
+            "--output-dir",
+            small / "run",
+            "--tracker",
+            "none",
+            "--batch-size",
+            8,
+            "--num-workers",
+            0,
+        ]
         text = run([*flags, "--save-every", 1, "--width", 24, "--layers", 1, "--keep-top-k", 9], ok=False)
         assert "is full" in text and "Traceback" not in text
         newest = sorted((small / "run" / "checkpoints").glob("step-*"))[-1]

@@ -75,7 +75,9 @@ def test_bad_yaml_is_one_sentence(tmp_path, text, words):
 
 def test_help_reads_well_in_80_columns_and_comes_at_once():
     began = time.monotonic()
-    text = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env={"COLUMNS": "80", "PATH": ""}).stdout
+    text = subprocess.run(
+        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env={"COLUMNS": "80", "PATH": ""}
+    ).stdout
     assert time.monotonic() - began < 3
     assert max(map(len, text.splitlines())) <= 80
     for name in Config.__dataclass_fields__:
@@ -90,7 +92,20 @@ def test_an_error_is_printed_once_however_many_processes(sets, tmp_path):
 
 
 def test_config_yaml_repeats_the_run(sets, tmp_path):
-    flags = ["--dataset-path", sets, "--tracker", "none", "--max-steps", 3, "--batch-size", 8, "--num-workers", 0, "--log-every", 1]
+    flags = [
+        "--dataset-path",
+        sets,
+        "--tracker",
+        "none",
+        "--max-steps",
+        3,
+        "--batch-size",
+        8,
+        "--num-workers",
+        0,
+        "--log-every",
+        1,
+    ]
     run([*flags, "--output-dir", tmp_path / "a", "--split", 0.6, 0.2, 0.2])
     saved = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     assert saved["split"] == [0.6, 0.2, 0.2] and "resume_from" not in saved

@@ -25,7 +25,20 @@ def test_it_is_short_commented_and_valid(name):
 @pytest.mark.parametrize("name", [c for c in CONFIGS if not c.startswith("2x8")])
 def test_it_launches(name, sets, tmp_path):
     processes = 1 if name in ("cpu.yaml", "1xgpu.yaml") else 2
-    flags = ["--dataset-path", sets, "--output-dir", tmp_path, "--tracker", "none", "--max-steps", 2, "--batch-size", 4, "--num-workers", 0]
+    flags = [
+        "--dataset-path",
+        sets,
+        "--output-dir",
+        tmp_path,
+        "--tracker",
+        "none",
+        "--max-steps",
+        2,
+        "--batch-size",
+        4,
+        "--num-workers",
+        0,
+    ]
     text = run(flags, processes=processes, via="accelerate", config=name)
     assert f"Process 0/{processes} started on cpu" in text
     assert f"{processes} processes x batch 4 x accumulation 1 = {4 * processes} sets per step" in text
@@ -34,7 +47,20 @@ def test_it_launches(name, sets, tmp_path):
 
 def test_two_machines(sets, tmp_path):
     """Two launchers on this machine, one process each, as SLURM starts them."""
-    flags = ["--dataset-path", sets, "--output-dir", tmp_path, "--tracker", "none", "--max-steps", 2, "--batch-size", 4, "--num-workers", 0]
+    flags = [
+        "--dataset-path",
+        sets,
+        "--output-dir",
+        tmp_path,
+        "--tracker",
+        "none",
+        "--max-steps",
+        2,
+        "--batch-size",
+        4,
+        "--num-workers",
+        0,
+    ]
     port = free_port()
     machines = [
         Launch(

@@ -45,7 +45,11 @@ def shell(command: str, clone: Path) -> subprocess.CompletedProcess:
 def small(block: str) -> str:
     """The same commands, two processes, two steps."""
     block = re.sub(r"(\S+/\d+x(gpu|t4|h200|a100)\.yaml)", r"\1 --num_processes 2", block)
-    return re.sub(r"(scripts/train_\w+\.py)", r"\1 --max-steps 2 --batch-size 4 --num-workers 0 --tracker none --width 8 --layers 1", block)
+    return re.sub(
+        r"(scripts/train_\w+\.py)",
+        r"\1 --max-steps 2 --batch-size 4 --num-workers 0 --tracker none --width 8 --layers 1",
+        block,
+    )
 
 
 @pytest.mark.slow
@@ -85,8 +89,18 @@ def test_slurm_requeues_a_signalled_job_which_then_continues(clone):
         "sbatch accelerate_configs/slurm.sh scripts/train_quantumgrav.py --dataset-path data/csets --output-dir runs/s --max-steps 400"
         " --epochs 99 --batch-size 2 --num-workers 0 --tracker none --width 8 --layers 1 --log-every 1 --eval-every 200"
     )
-    environment = os.environ | {"PATH": f"{clone / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(["bash", "-c", "exec " + command], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {
+        "PATH": f"{clone / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    job = subprocess.Popen(
+        ["bash", "-c", "exec " + command],
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     end = time.monotonic() + 120
     while last_step(clone / "runs/s") < 20 and time.monotonic() < end:
         time.sleep(0.05)

@@ -1,6 +1,6 @@
-"""The number of processes, the accumulation, the loader workers and the launcher change nothing: same batches, losses, metrics.
+"""Processes, accumulation, loader workers and launcher change nothing: the same batches, losses and metrics.
 
-This file is also the program that the tests launch: its second half runs on 1, 2 and 3 real processes and writes what it saw."""
+This file is also a program that the tests launch: its last part runs in 1, 2 and 3 real processes and writes what it saw."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def test_another_global_batch_is_refused_and_the_flags_that_the_refusal_names_co
     resume = [*flags, "--num-workers", 0, "--output-dir", interrupted, "--resume-from", "auto"]
     text = run([*resume, "--batch-size", 12], processes=2, ok=False)
     assert "trained with samples per step = 12, this launch has 24: the order of the data would change." in text
-    assert text.count("ERROR") == 1 and "Traceback" not in text
+    assert text.count("[RANK 0] ERROR") == 1 and "Traceback" not in text
     remedy = re.search(r"With 2 processes pass (--batch-size \d+ --accumulation-steps \d+)\.", text)[1]
     assert "Resumed from step 20" in run([*resume, *remedy.split()], processes=2)
     assert_same_run(interrupted, trained(), rtol=1e-5)
@@ -125,7 +125,6 @@ SAMPLES, EPOCHS = 53, 3
 @EVERY_NUMBER
 def test_evaluation_is_the_same_to_the_bit(seen, processes):
     assert seen(processes)["evaluation"] == seen(1)["evaluation"]
-    assert [values["class/accuracy"] * size % 1 for size, values in zip(SIZES, seen(1)["evaluation"], strict=True)] == [0] * 4
 
 
 @EVERY_NUMBER
@@ -211,12 +210,12 @@ def train(accelerator, config: RunConfig, *, means: bool = False) -> list[float]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     for _ in range(sampler.total_steps):
         batches = next(steps)
-        counts = accelerator.reduce(tasks.counts(batches), "sum").clamp(min=1)
+        [count] = accelerator.reduce(tasks.counts(batches), "sum").clamp(min=1)
         for batch in batches:
             with accelerator.accumulate(model):
                 loss = tasks.losses({"curvature": model(batch["x"])}, batch)["curvature"].sum()
-                own = tasks.counts([batch]).clamp(min=1)
-                accelerator.backward((loss / own if means else loss / counts * sampler.parts).sum())
+                [own] = tasks.counts([batch]).clamp(min=1)
+                accelerator.backward(loss / own if means else loss / count * sampler.parts)
         optimizer.step()
         optimizer.zero_grad()
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()

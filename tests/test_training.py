@@ -61,7 +61,10 @@ def test_each_step_has_the_same_samples_on_any_number_of_processes(costs):
         settings = config(batch_size=12 // processes // accumulation, accumulation_steps=accumulation)
         samplers = [list(StepSampler(53, settings, rank_of(r, processes), costs=cost)) for r in range(processes)]
         steps = len(samplers[0]) // accumulation
-        return [sorted(k for s in samplers for batch in s[i * accumulation : (i + 1) * accumulation] for k in batch) for i in range(steps)]
+        return [
+            sorted(k for s in samplers for batch in s[i * accumulation : (i + 1) * accumulation] for k in batch)
+            for i in range(steps)
+        ]
 
     assert samples(1, 1) == samples(2, 1) == samples(3, 2) == samples(1, 4) == samples(2, 3)
 
@@ -85,7 +88,10 @@ def test_a_budget_of_cost_gives_equal_steps_and_even_work(processes):
         assert len(seen) == len(set(seen)) > 600 * 0.9
     work = np.array([[cost[[i for _, i in part]].sum() for part in b] for b in batches])
     assert work.max() < 1.4 * budget and work.min() > 0.6 * budget
-    assert samplers[0].steps_per_epoch == StepSampler(600, config(), rank_of(0, 1), costs=cost, budget=budget * processes).steps_per_epoch
+    assert (
+        samplers[0].steps_per_epoch
+        == StepSampler(600, config(), rank_of(0, 1), costs=cost, budget=budget * processes).steps_per_epoch
+    )
 
 
 def test_batches_of_like_cost_waste_little_padding():
@@ -115,7 +121,10 @@ def test_evaluation_batches_are_the_same_for_any_number_of_processes(size, proce
 
 
 def test_gathered_samples_must_be_the_whole_set():
-    batches = [{"id": torch.tensor([2, 0]), "x": torch.tensor([[2.0], [0.0]])}, {"id": torch.tensor([1]), "x": torch.tensor([[1.0]])}]
+    batches = [
+        {"id": torch.tensor([2, 0]), "x": torch.tensor([[2.0], [0.0]])},
+        {"id": torch.tensor([1]), "x": torch.tensor([[1.0]])},
+    ]
     table = gather_samples(rank_of(0, 1), batches, 3)
     assert table["id"].tolist() == [0, 1, 2] and table["x"][:, 0].tolist() == [0, 1, 2]
     with pytest.raises(RuntimeError, match="3 samples, 3 of them different, of a set of 4"):
@@ -211,19 +220,35 @@ def test_early_stopping_counts_evaluations_without_improvement():
     ]  # fmt: skip
     assert stop_at([loss], [(1,)] * 5, patience=0)[-1] == (False, False)
     # delta, and a maximum
-    assert [b for b, _ in stop_at([Rule("f1", "max", delta=0.1)], [(0.5,), (0.55,), (0.61,)], patience=9)] == [True, False, True]
+    assert [b for b, _ in stop_at([Rule("f1", "max", delta=0.1)], [(0.5,), (0.55,), (0.61,)], patience=9)] == [
+        True,
+        False,
+        True,
+    ]
     # a best score given beforehand
     assert [b for b, _ in stop_at([Rule("loss", initial=2.0)], [(3,), (1,)], patience=9)] == [False, True]
     # patience runs only after the grace period
-    assert [s for _, s in stop_at([Rule("loss", grace=3)], [(1,), (2,), (2,), (2,), (2,)], patience=2)] == [False] * 4 + [True]
+    assert [s for _, s in stop_at([Rule("loss", grace=3)], [(1,), (2,), (2,), (2,), (2,)], patience=2)] == [False] * 4 + [
+        True
+    ]
     # any or all of several rules; only those that improved get a new best
     two = [Rule("loss"), Rule("f1", "max")]
     series = [(2, 0.5), (1, 0.4), (3, 0.6), (0.5, 0.7)]
     assert [b for b, _ in stop_at(two, series, patience=9)] == [True, True, True, True]
     assert [b for b, _ in stop_at(two, series, patience=9, combine="all")] == [True, False, False, True]
     # smoothing
-    assert [b for b, _ in stop_at([Rule("loss", window=2)], [(4,), (2,), (3,), (1,)], patience=9)] == [True, True, True, True]
-    assert [b for b, _ in stop_at([Rule("loss", window=2)], [(4,), (2,), (5,), (1,)], patience=9)] == [True, True, False, False]
+    assert [b for b, _ in stop_at([Rule("loss", window=2)], [(4,), (2,), (3,), (1,)], patience=9)] == [
+        True,
+        True,
+        True,
+        True,
+    ]
+    assert [b for b, _ in stop_at([Rule("loss", window=2)], [(4,), (2,), (5,), (1,)], patience=9)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_find_batch_size_keeps_the_samples_per_step(caplog):
@@ -248,5 +273,7 @@ def test_find_batch_size_keeps_the_samples_per_step(caplog):
 def test_more_processes_than_gpus_is_a_sentence():
     check_devices(2, 2)
     check_devices(2, 0)  # no GPU at all: gloo on the CPU
-    with pytest.raises(UserError, match="8 processes were launched on this machine, which shows 2 GPUs: add --num_processes 2"):
+    with pytest.raises(
+        UserError, match="8 processes were launched on this machine, which shows 2 GPUs: add --num_processes 2"
+    ):
         check_devices(8, 2)
