@@ -86,6 +86,7 @@ class RunConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+AnyT = TypeVar("AnyT")
 
 
 def flag(name: str) -> str:
@@ -129,6 +130,16 @@ def _read_yaml(path: str) -> dict[str, object]:
     return values or {}
 
 
+def parse_only(cls: type[AnyT], tokens: Sequence[str] | None = None) -> AnyT:
+    """The typed command line alone, for predict scripts, which have neither files nor presets."""
+    try:
+        return tyro.cli(cls, args=tokens, console_outputs=rank() == 0, description=cls.__doc__)
+    except SystemExit:
+        if rank():  # rank 0 speaks; leaving before it would make the launcher end it in mid-sentence
+            time.sleep(3)
+        raise
+
+
 def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Flags > later --config > earlier --config > the --demo preset > defaults. Exits with 2 and a sentence when wrong."""
     die_with_launcher()
@@ -149,12 +160,7 @@ def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
         switches = [t for t in tokens if t in ("--demo", "--no-demo")]
         if switches and switches[-1] == "--demo":
             tokens = _tokens(cls.DEMO, "the demo preset", cls) + tokens
-        try:
-            config = tyro.cli(cls, args=tokens, console_outputs=rank() == 0, description=cls.__doc__)
-        except SystemExit:
-            if rank():  # rank 0 speaks; leaving before it would make the launcher end it in mid-sentence
-                time.sleep(3)
-            raise
+        config = parse_only(cls, tokens)
     config.config = Path(files[-1]) if files else None
     return config
 

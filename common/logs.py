@@ -195,7 +195,8 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         for key, value in row.items():
             part, _, name = key.rpartition("/")
             if part and not part.startswith("test") and isinstance(value, int | float) and value == value:
-                panel = f"perf/{name}" if part == "perf" else name
+                panel = f"perf/{name}" if part == "perf" else "accuracy" if name == "majority" else name
+                part = part + " (majority)" if name == "majority" else part
                 series.setdefault(panel, {}).setdefault(part, []).append((row["step"], value))
     if not series:
         return

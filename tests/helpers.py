@@ -35,6 +35,7 @@ class Launch:
         self.args = [str(a) for a in args]
         base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         base |= {MARK: self.id, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **(env or {})}
+        base = {k: v for k, v in base.items() if v is not None}  # None takes a variable away
         launchers = {
             "python": [sys.executable],
             "accelerate": [
