@@ -37,8 +37,8 @@ def classical_baselines(
     limit: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Per task, what boosting and logistic regression on classical observables reach on the same split: accuracy, or R2 for the
-    curvature. `targets` maps a task to the labels of `train` and of `test`; missing ones are NaN."""
+    """Per task, what boosting and logistic regression on classical observables reach on the same split: accuracy, or R2
+    for the curvature. `targets` maps a task to the labels of `train` and of `test`; missing ones are NaN."""
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -77,6 +77,45 @@ def classical_baselines(
             nearest = np.rint(x_test[check, names.index("myrheim_meyer_dimension")])
             scores[task]["Myrheim-Meyer dimension, nearest integer"] = float((nearest == y_test[check]).mean())
     return scores
+
+
+def probabilities(task: str, outputs: np.ndarray) -> np.ndarray:
+    """One column per possible answer; columns 0 and 1 are no and yes for manifold_like."""
+    scores = np.stack([np.zeros(len(outputs)), outputs[:, 0]], 1) if task == "manifold_like" else outputs
+    scores = np.exp(scores - scores.max(1, keepdims=True))
+    return scores / scores.sum(1, keepdims=True)
+
+
+def compare(
+    names: tuple[str, ...],
+    store: Store,
+    train: np.ndarray,
+    test: np.ndarray,
+    metrics: dict[str, dict[str, float]],
+    limit: int,
+    seed: int,
+) -> str:
+    """A table per task: the network, the classical baselines on the same split, the commonest answer.
+
+    `metrics` holds the network's under "test" and, of a test on further sets, under "transfer"; `limit` 0 leaves the
+    baselines out."""
+    targets = {}
+    for task in names:
+        labels = store.labels[task].astype(np.float64)
+        labels = labels if task == "curvature" else np.where(labels >= 0, labels, np.nan)
+        targets[task] = (labels[train], labels[test])
+    baselines = classical_baselines(store, train, test, targets, limit=limit, seed=seed) if limit else {}
+    lines = []
+    for task in names:
+        key = "r2" if task == "curvature" else "accuracy"
+        titles = {"test": "network", "transfer": "network on the sets of --transfer-path"}
+        rows = [(titles[part], values[f"{task}/{key}"]) for part, values in metrics.items() if f"{task}/{key}" in values]
+        rows += baselines.get(task, {}).items()
+        rows.append(
+            ("the mean" if task == "curvature" else "the commonest answer", metrics["test"].get(f"{task}/majority", 0.0))
+        )
+        lines += [f"{task}: {key} on {len(test):,} test sets", *(f"  {value:6.3f}  {name}" for name, value in rows)]
+    return "\n".join(lines)
 
 
 def binned(values: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -168,3 +207,43 @@ def draw_classification(
         axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=100)
     plt.close(figure)
+
+
+def describe(tasks, table: dict[str, np.ndarray], store: Store, folder: Path, name: str) -> None:
+    """Predictions of every set as CSV, and a picture per task."""
+    columns: dict[str, np.ndarray] = {}
+    ids = table["id"]
+    if "class" in store.labels:
+        columns["kind"] = np.array([*store.classes, ""])[store.labels["class"][ids]]
+    hardness = store.labels.get("hardness", np.full(len(store), np.nan))[ids]
+    for task in tasks.names:
+        known, target = table[f"{task}/known"].astype(bool), table[f"{task}/target"]
+        outputs = table[f"{task}/output"].astype(np.float64)
+        if task == "curvature":
+            columns["curvature"] = np.where(known, target * tasks.curvature[1] + tasks.curvature[0], np.nan)
+            columns["curvature_answer"] = outputs[:, 0] * tasks.curvature[1] + tasks.curvature[0]
+            continue
+        answers = {
+            "manifold_like": ["no", "yes"],
+            "class": list(tasks.classes),
+            "dimension": [f"{d:g}" for d in tasks.dimensions],
+        }[task]
+        share = probabilities(task, outputs)
+        columns[task] = np.where(known, np.array(answers)[target.astype(int)], "")
+        columns[f"{task}_answer"] = np.array(answers)[share.argmax(1)]
+        columns[f"{task}_confidence"] = share.max(1)
+        if known.any():
+            kind = store.labels["class"][ids] if "class" in store.labels else None
+            kinds = None if kind is None or task == "class" else (list(store.classes), kind[known])
+            hard = {}
+            if kind is not None:
+                hard = {
+                    store.classes[k]: np.where(kind == k, hardness, np.nan)[known]
+                    for k in np.unique(kind[np.isfinite(hardness)])
+                }
+            (folder / "samples").mkdir(exist_ok=True)
+            draw_classification(
+                folder / "samples" / f"{name}_{task}.png", f"{name} {task}", answers,
+                target[known].astype(int), share[known], table["size"][known], kinds, hard,
+            )  # fmt: skip
+    write_predictions(folder / f"{name}.csv", ids, table["size"], columns)

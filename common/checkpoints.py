@@ -4,7 +4,7 @@
     <output-dir>/checkpoints/names.json       {"last": ..., "best": ..., "top": [[score, name], ...]}
 
 A checkpoint is written under another name, synced, and renamed: the rename is the commit. Nothing is ever unpickled
-(weights are safetensors, optimizers load with `weights_only=True`, the rest is JSON), so a foreign checkpoint cannot run code.
+(weights are safetensors, optimizers load with `weights_only=True`, the rest is JSON): a foreign checkpoint runs no code.
 """
 
 import errno
@@ -56,7 +56,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Canonical names: neither DDP's `module.` nor the compiler's `_orig_mod.`; own memory, since safetensors refuses ties."""
+    """Canonical names: neither DDP's `module.` nor the compiler's `_orig_mod.`. Copied: safetensors refuses ties."""
     state = module.state_dict()
     return {
         k.replace("module.", "", k.startswith("module.")).replace("_orig_mod.", ""): v.cpu().clone().contiguous()
@@ -145,7 +145,7 @@ class RunFolder:
             raise UserError(f"--output-dir {self.path} is in use by another running process: stop it or choose another one.")
         if self.config.resume_from is None and (_directories(self.root) or (self.path / "DONE").exists()):
             raise UserError(
-                f"--output-dir {self.path} already holds a run: continue it with --resume-from latest, or choose another folder."
+                f"--output-dir {self.path} already holds a run: continue it with --resume-from latest, or choose another one."
             )
         for leftover in self.root.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -202,7 +202,7 @@ class RunFolder:
         score: float | None = None,
         best: bool = False,
     ) -> None:
-        """Call on every rank. `state` is plain JSON and holds "step"; it is updated with the names of the best checkpoints."""
+        """Call on every rank. `state` is plain JSON with "step"; the names of the best checkpoints are added to it."""
         name = f"step-{state['step']:08d}"
         if self.wants(state, score):
             ranked = sorted(
@@ -292,7 +292,8 @@ class RunFolder:
         for kind, targets in (("modules", modules), ("optimizers", optimizers)):
             if set(content[kind]) != set(targets):
                 raise UserError(
-                    f"The checkpoint holds {sorted(content[kind])}, this script needs {sorted(targets)}: resume it with the script that wrote it."
+                    f"The checkpoint holds {sorted(content[kind])}, this script needs {sorted(targets)}: resume it with the"
+                    " script that wrote it."
                 )
             for name, target in targets.items():
                 try:
@@ -315,7 +316,8 @@ class RunFolder:
             chosen = Path(wish)
             if not (chosen / "manifest.json").exists() and (chosen / "checkpoints").is_dir():
                 raise UserError(
-                    f"--resume-from {wish} is a run folder: give one of {wish}/checkpoints/step-..., or --output-dir {wish} --resume-from latest."
+                    f"--resume-from {wish} is a run folder: give one of {wish}/checkpoints/step-..., or --output-dir {wish}"
+                    " --resume-from latest."
                 )
             try:
                 content = read_checkpoint(chosen)
@@ -359,4 +361,5 @@ class RunFolder:
             return f" {theirs} cannot be divided among {processes} processes; launch a number that divides it."
         share = theirs // processes
         batch = max(b for b in range(1, share + 1) if share % b == 0 and b <= max(self.config.batch_size, 1))
-        return f" With {processes} process{'es' * (processes > 1)} pass --batch-size {batch} --accumulation-steps {share // batch}."
+        plural = "es" if processes > 1 else ""
+        return f" With {processes} process{plural} pass --batch-size {batch} --accumulation-steps {share // batch}."

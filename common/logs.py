@@ -41,6 +41,14 @@ def check_tracker(config: RunConfig) -> None:
         raise UserError(f"--tracker {config.tracker} needs `pip install {package}`; --tracker none works without it.")
 
 
+def logged_in(wandb) -> bool:
+    """Without asking for a login, and without asking the server."""
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except TypeError:  # a wandb from before `prompt`
+        return bool(wandb.api.api_key)
+
+
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
@@ -92,13 +100,13 @@ class RunLog:
             if config.tracker == "wandb":
                 import wandb
 
-                if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
-                    os.environ["WANDB_MODE"] = "offline"
+                options = {"id": identity.read_text(), "resume": "allow", "name": name, "dir": str(config.output_dir)}
+                if "WANDB_MODE" not in os.environ and not logged_in(wandb):
+                    options["mode"] = "offline"  # not by the environment, which wandb has read by now
                     logger.info(
                         "No W&B login found: logging offline below %s; `wandb sync` uploads it later",
                         config.output_dir,
                     )
-                options = {"id": identity.read_text(), "resume": "allow", "name": name, "dir": str(config.output_dir)}
             elif config.tracker == "trackio":
                 options = {"name": name, "resume": "allow"}
         flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(config).items()}

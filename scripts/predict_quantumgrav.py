@@ -2,7 +2,7 @@
 
     python scripts/predict_quantumgrav.py --model runs/quantumgrav-demo/model --inputs my_sets.npy --output-dir predictions
 
-An .npy file holds one causal matrix (N, N) or several (B, N, N), entry i, j true when i precedes j. The answers are written to
+An .npy file holds one causal matrix (N, N) or several (B, N, N), entry i, j true when i precedes j. The answers go to
 predictions/predictions.csv; where labels are known, the test phase's metrics and pictures come with them.
 """
 
@@ -36,6 +36,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from common import training
+from common.causal_report import describe
 from common.causal_sets import Store, StoreWriter, convert_zarr, problem
 from common.logs import setup_logging
 from scripts import train_quantumgrav as job
@@ -99,7 +100,7 @@ def main(config: Config) -> None:
         metrics, table = job.evaluate(model.to(accelerator.device), tasks, loader, accelerator)
         if accelerator.is_main_process:
             config.output_dir.mkdir(parents=True, exist_ok=True)
-            job.describe_table(tasks, table, store, config.output_dir, "predictions")
+            describe(tasks, table, store, config.output_dir, "predictions")
             print(f"{len(sets):,} causal sets: {config.output_dir / 'predictions.csv'}")
             for key, value in metrics.items():
                 if "/" in key:

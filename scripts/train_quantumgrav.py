@@ -98,6 +98,8 @@ class Config(RunConfig):
     """Least change that counts as an improvement."""
     early_stop_grace: int = 0
     """Evaluations before patience may run out."""
+    early_stop_initial: float | None = None
+    """Score that the first evaluation has to beat."""
     early_stop_window: int = 1
     """Evaluations over which a metric is averaged first."""
 
@@ -128,7 +130,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import training
-from common.causal_report import classical_baselines, draw_classification, shortcut, write_predictions
+from common.causal_report import compare, describe, probabilities, shortcut
 from common.causal_sets import Store, convert_zarr
 from common.checkpoints import RunFolder
 from common.demo_data.causal_sets import write
@@ -430,13 +432,6 @@ class Tasks:
         ).float()
 
 
-def probabilities(task: str, outputs: np.ndarray) -> np.ndarray:
-    """One column per possible answer; columns 0 and 1 are no and yes for manifold_like."""
-    scores = np.stack([np.zeros(len(outputs)), outputs[:, 0]], 1) if task == "manifold_like" else outputs
-    scores = np.exp(scores - scores.max(1, keepdims=True))
-    return scores / scores.sum(1, keepdims=True)
-
-
 def metrics_of(tasks: Tasks, table: dict[str, np.ndarray]) -> dict[str, float]:
     """Metrics over a whole set, each sample once; "majority" is what always answering the commonest label would score."""
     values: dict[str, float] = {}
@@ -546,6 +541,21 @@ def warn_of_shortcuts(store: Store, train: np.ndarray, tasks: Tasks) -> None:
                 )
 
 
+def early_stopping(config: Config) -> training.EarlyStopping:
+    rules = [
+        training.Rule(
+            metric=f"val/{name}",
+            mode="min" if name.rpartition("/")[2] in ("loss", "mae") else "max",
+            delta=config.early_stop_delta,
+            grace=config.early_stop_grace,
+            initial=config.early_stop_initial,
+            window=config.early_stop_window,
+        )
+        for name in config.early_stop_metrics
+    ]
+    return training.EarlyStopping(rules, config.early_stop_patience, config.early_stop_mode)
+
+
 def load_model(folder: Path) -> tuple[CausalNet, Tasks, dict]:
     """The exported model of a run: what `model/` holds. Used by predict_quantumgrav.py."""
     saved = json.loads((folder / "config.json").read_text())
@@ -556,75 +566,6 @@ def load_model(folder: Path) -> tuple[CausalNet, Tasks, dict]:
 
 
 MODEL_FLAGS = ("model", "width", "layers", "heads", "dropout")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-
-
-def describe_table(tasks: Tasks, table: dict[str, np.ndarray], store: Store, folder: Path, name: str) -> None:
-    """Predictions of every set as CSV, and a picture per task."""
-    columns: dict[str, np.ndarray] = {}
-    ids = table["id"]
-    if "class" in store.labels:
-        columns["kind"] = np.array([*store.classes, ""])[store.labels["class"][ids]]
-    hardness = store.labels.get("hardness", np.full(len(store), np.nan))[ids]
-    for task in tasks.names:
-        known, target = table[f"{task}/known"].astype(bool), table[f"{task}/target"]
-        outputs = table[f"{task}/output"].astype(np.float64)
-        if task == "curvature":
-            columns["curvature"] = np.where(known, target * tasks.curvature[1] + tasks.curvature[0], np.nan)
-            columns["curvature_answer"] = outputs[:, 0] * tasks.curvature[1] + tasks.curvature[0]
-            continue
-        answers = {
-            "manifold_like": ["no", "yes"],
-            "class": list(tasks.classes),
-            "dimension": [f"{d:g}" for d in tasks.dimensions],
-        }[task]
-        share = probabilities(task, outputs)
-        columns[task] = np.where(known, np.array(answers)[target.astype(int)], "")
-        columns[f"{task}_answer"] = np.array(answers)[share.argmax(1)]
-        columns[f"{task}_confidence"] = share.max(1)
-        if known.any():
-            kind = store.labels["class"][ids] if "class" in store.labels else None
-            kinds = None if kind is None or task == "class" else (list(store.classes), kind[known])
-            hard = {}
-            if kind is not None:
-                hard = {
-                    store.classes[k]: np.where(kind == k, hardness, np.nan)[known]
-                    for k in np.unique(kind[np.isfinite(hardness)])
-                }
-            (folder / "samples").mkdir(exist_ok=True)
-            draw_classification(
-                folder / "samples" / f"{name}_{task}.png", f"{name} {task}", answers,
-                target[known].astype(int), share[known], table["size"][known], kinds, hard,
-            )  # fmt: skip
-    write_predictions(folder / f"{name}.csv", ids, table["size"], columns)
-
-
-def report(config: Config, tasks: Tasks, store: Store, parts: list[CausalSets], metrics: dict[str, dict[str, float]]) -> str:
-    """A table per task: the network, the classical baselines on the same split, the commonest answer."""
-    train, _, test = (part.ids for part in parts)
-    targets = {}
-    for task in tasks.names:
-        labels = store.labels[task].astype(np.float64)
-        labels = labels if task == "curvature" else np.where(labels >= 0, labels, np.nan)
-        targets[task] = (labels[train], labels[test])
-    baselines: dict[str, dict[str, float]] = {}
-    if config.baseline_sets:
-        baselines = classical_baselines(store, train, test, targets, limit=config.baseline_sets, seed=config.seed)
-    lines = []
-    for task in tasks.names:
-        key = "r2" if task == "curvature" else "accuracy"
-        rows = [(f"network ({config.model})", metrics["test"][f"{task}/{key}"])]
-        if f"{task}/{key}" in metrics.get("transfer", {}):
-            rows.append((f"network on {config.transfer_path}", metrics["transfer"][f"{task}/{key}"]))
-        rows += baselines.get(task, {}).items()
-        rows.append(
-            ("the mean" if task == "curvature" else "the commonest answer", metrics["test"].get(f"{task}/majority", 0.0))
-        )
-        lines += [f"{task}: {key} on {len(test):,} test sets", *(f"  {value:6.3f}  {name}" for name, value in rows)]
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,16 +605,7 @@ def main(config: Config) -> None:
     raw = accelerator.unwrap_model(model)
     ema = training.EMA(raw, config.ema_decay)
     guard = training.FiniteGuard(raw, config.max_skipped_steps, accelerator.scaler)
-    stopper = training.EarlyStopping(
-        [
-            training.Rule(
-                f"val/{name}", "min" if name.rpartition("/")[2] in ("loss", "mae") else "max",
-                config.early_stop_delta, config.early_stop_grace, window=config.early_stop_window,
-            )
-            for name in config.early_stop_metrics
-        ],
-        config.early_stop_patience, config.early_stop_mode,
-    )  # fmt: skip
+    stopper = early_stopping(config)
     modules, optimizers = {"model": raw, "ema": ema.module}, {"optimizer": optimizer}
 
     state = {"step": 0, "evaluated": 0, "ended": False}
@@ -699,6 +631,10 @@ def main(config: Config) -> None:
         dealt = training.EvalSampler(len(part), size, accelerator, costs=part.sizes, batches=batches)
         return training.make_loader(part, dealt, config, collate)
 
+    def export() -> None:
+        flags = {name: getattr(config, name) for name in MODEL_FLAGS}
+        folder.export(ema.module, {"config": flags, "tasks": vars(tasks), "step": step})
+
     val_loader = eval_loader(val_set)
     evaluate(ema.module, tasks, eval_loader(val_set, batches=2), accelerator)  # a wrong shape or metric surfaces now
     steps = training.StepLoader(training.make_loader(train_set, sampler, config, collate), accelerator)
@@ -722,8 +658,7 @@ def main(config: Config) -> None:
             state["evaluated"] = step
             if better:
                 logger.info("Found better model at epoch %d.", epoch)
-                flags = {name: getattr(config, name) for name in MODEL_FLAGS}
-                folder.export(ema.module, {"config": flags, "tasks": vars(tasks), "step": step})
+                export()
             stopping = training.agree_to_stop(accelerator)
         due = step % save_every == 0 or last or stopping or better or state["ended"] or folder.wants(state, score)
         if due and saved != (step, state["evaluated"]):
@@ -776,24 +711,27 @@ def main(config: Config) -> None:
         log.close()
         return
 
-    # ---- the test: the best model, on all ranks; then rank 0 reports
     logger.info("Training process completed. Starting testing phase.")
+    if "best" not in state:
+        logger.warning("No evaluation was better than --early-stop-initial: testing the last averaged weights")
+        export()
     ema.module.load_state_dict(folder.exported())
     sets = {"test": test_set}
     if transfer:
         sets["transfer"] = CausalSets(transfer, np.arange(len(transfer)), config)
-    metrics, tables = {}, {}
-    for name, part in sets.items():
-        metrics[name], tables[name] = evaluate(ema.module, tasks, eval_loader(part), accelerator)
-        log.evaluation(
-            step, epoch, {f"test/{name}/{key}" if name != "test" else f"test/{key}": v for key, v in metrics[name].items()}
-        )
-    if accelerator.is_main_process:
-        for name, table in tables.items():
-            describe_table(tasks, table, sets[name].store, config.output_dir, name)
-        summary = report(config, tasks, store, parts, metrics)
+    results = {name: evaluate(ema.module, tasks, eval_loader(part), accelerator) for name, part in sets.items()}
+    for name, (metrics, _) in results.items():
+        prefix = "test" if name == "test" else f"test/{name}"
+        log.evaluation(step, epoch, {f"{prefix}/{key}": value for key, value in metrics.items()})
+    if accelerator.is_main_process:  # no collective from here on: the others may leave
+        for name, (_, table) in results.items():
+            describe(tasks, table, sets[name].store, config.output_dir, name)
+        scores = {name: metrics for name, (metrics, _) in results.items()}
+        summary = compare(tasks.names, store, train_set.ids, test_set.ids, scores, config.baseline_sets, config.seed)
         (config.output_dir / "report.txt").write_text(summary + "\n")
         logger.info("Testing phase completed, see %s and its samples:\n%s", config.output_dir / "report.txt", summary)
+        for picture in sorted((config.output_dir / "samples").glob("*.png")):
+            log.image(picture.stem, picture, step)
     folder.finish(step, sampler.total_steps)
     log.close()
 

@@ -1,4 +1,4 @@
-"""What train_quantumgrav.py promises of its own: invariance of the networks, the split, missing labels, bad data, the report."""
+"""What train_quantumgrav.py promises of its own: invariances, the split, missing labels, bad data, the report."""
 
 import csv
 import json

@@ -113,7 +113,8 @@ def main() -> None:
             "added_ms": added,
         }
         print(
-            f"{name}: bare {bare:.2f} ms, script {ours:.2f} ms, speed {statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}], added {added:.2f} ms"
+            f"{name}: bare {bare:.2f} ms, script {ours:.2f} ms, added {added:.2f} ms,"
+            f" speed {statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]"
         )
     print(json.dumps(results))
 
