@@ -94,7 +94,8 @@ class RunLog:
         identity = config.output_dir / "tracker_id"  # kept across resumes, so that the tracker continues the same run
         options: dict[str, object] = {}
         if self.active:
-            if not (config.resume_from and identity.exists()):
+            fresh = not (config.resume_from and identity.exists())
+            if fresh:
                 write_atomically(identity, secrets.token_hex(4))
             name = config.run_name or config.output_dir.name
             if config.tracker == "wandb":
@@ -108,7 +109,7 @@ class RunLog:
                         config.output_dir,
                     )
             elif config.tracker == "trackio":
-                options = {"name": name, "resume": "allow"}
+                options = {"name": name, "resume": "never" if fresh else "allow"}  # it knows runs by their name alone
         flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(config).items()}
         self.accelerator.init_trackers(project, config=flat, init_kwargs={config.tracker: options} if options else {})
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 
 import matplotlib.image
 import numpy as np
@@ -69,7 +70,8 @@ def tell(launch: Launch, how: str) -> None:
 )
 def test_a_run_that_is_told_to_end_saves_where_it_stops_and_continues_there(start, flags, tmp_path, via, processes, how):
     args = [*flags, *ENDLESS, "--num-workers", 2, "--output-dir", tmp_path]
-    launch = start(args, processes=processes, via=via)
+    config = "cpu.yaml" if processes == 1 else "2xcpu.yaml"  # the launcher has another code path for one process
+    launch = start(args, processes=processes, via=via, config=config)
     launch.wait_for(lambda: last_step(tmp_path) >= 20)
     tell(launch, how)
     assert not launch.wait_gone()
@@ -79,7 +81,7 @@ def test_a_run_that_is_told_to_end_saves_where_it_stops_and_continues_there(star
     assert checkpoint.name == f"step-{stop:08d}" and damage(checkpoint) is None
     assert f"Stopped by a signal at step {stop}; continue with --resume-from auto" in launch.output()
 
-    text = run([*args, "--resume-from", "auto", "--max-steps", stop + 10], processes=processes)
+    text = run([*args, "--batch-size", 8 * processes, "--resume-from", "auto", "--max-steps", stop + 10])
     assert f"Resumed from step {stop}" in text and (tmp_path / "DONE").exists()
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, stop + 11))  # each step once
 
@@ -219,6 +221,18 @@ def test_tensorboard_gets_the_same_numbers_as_the_record(flags, tmp_path):
     accumulator = EventAccumulator(str(folder)).Reload()
     shown = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
     assert shown == [(row["step"], pytest.approx(row["train/loss"])) for row in rows(tmp_path, "train")]
+
+
+def test_trackio_continues_a_resumed_run_and_keeps_another_of_the_same_name_apart(flags, tmp_path):
+    one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
+    for folder, more in ((one, ()), (one, ("--max-steps", 7, "--resume-from", "latest")), (other, ())):
+        args = [*flags, "--tracker", "trackio", "--max-steps", 5, *more, "--output-dir", folder]
+        run(args, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    with sqlite3.connect(tmp_path / "trackio" / "quantumgrav.db") as database:
+        training = "instr(metrics, 'train/loss')"  # not the rows of evaluations
+        logged = database.execute(f"SELECT run_id, step FROM metrics WHERE {training} ORDER BY id").fetchall()
+    steps = {run_id: [step for mine, step in logged if mine == run_id] for run_id, _ in logged}
+    assert list(steps.values()) == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5]]
 
 
 def test_no_tracker_writes_nothing(finished):
