@@ -2,6 +2,7 @@
 errors are (class, size, hardness), whether its confidence can be trusted."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,11 @@ def classical_baselines(
     *,
     limit: int,
     seed: int,
+    further: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, dict[str, float]]:
     """Per task, what boosting and logistic regression on classical observables reach on the same split: accuracy, or R2
-    for the curvature. `targets` maps a task to the labels of `train` and of `test`; missing ones are NaN."""
+    for the curvature. `targets` maps a task to the labels of `train` and of `test`; missing ones are NaN. `further(ids)`
+    gives more columns, those that the network computes for itself."""
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -47,13 +50,16 @@ def classical_baselines(
     pick = np.random.default_rng(seed).permutation(len(train))[:limit]
     names, x_train = observable_table(store, train[pick], progress=False)
     _, x_test = observable_table(store, test, progress=False)
-    names = list(names)
+    names = [*names, *(f"further_{i}" for i in range(further(test[:1]).shape[1]))]
+    x_train, x_test = np.hstack([x_train, further(train[pick])]), np.hstack([x_test, further(test)])
+    groups = OBSERVABLE_GROUPS | {"all and misfits": tuple(names)}
     methods = {
         "boosting on the ordering fraction and size": ("ordering_fraction", "boosting"),
         "boosting on Myrheim-Meyer and midpoint dimension": ("dimension", "boosting"),
         "logistic regression on interval abundances": ("intervals", "linear"),
         "boosting on interval abundances": ("intervals", "boosting"),
         "boosting on all classical observables": ("all", "boosting"),
+        "boosting on all of them and the network's misfits": ("all and misfits", "boosting"),
     }
     scores: dict[str, dict[str, float]] = {}
     for task, (y_train, y_test) in targets.items():
@@ -61,7 +67,7 @@ def classical_baselines(
         fit, check = np.isfinite(y_train), np.isfinite(y_test)
         scores[task] = {}
         for title, (group, kind) in methods.items():
-            columns = [names.index(name) for name in OBSERVABLE_GROUPS[group]]
+            columns = [names.index(name) for name in groups[group]]
             if task == "curvature":
                 if kind == "linear":
                     continue
@@ -94,6 +100,7 @@ def compare(
     metrics: dict[str, dict[str, float]],
     limit: int,
     seed: int,
+    further: Callable[[np.ndarray], np.ndarray],
 ) -> str:
     """A table per task: the network, the classical baselines on the same split, the commonest answer.
 
@@ -104,7 +111,7 @@ def compare(
         labels = store.labels[task].astype(np.float64)
         labels = labels if task == "curvature" else np.where(labels >= 0, labels, np.nan)
         targets[task] = (labels[train], labels[test])
-    baselines = classical_baselines(store, train, test, targets, limit=limit, seed=seed) if limit else {}
+    baselines = classical_baselines(store, train, test, targets, limit=limit, seed=seed, further=further) if limit else {}
     lines = []
     for task in names:
         key = "r2" if task == "curvature" else "accuracy"

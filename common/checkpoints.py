@@ -145,7 +145,7 @@ class RunFolder:
             raise UserError(f"--output-dir {self.path} is in use by another running process: stop it or choose another one.")
         if self.config.resume_from is None and (_directories(self.root) or (self.path / "DONE").exists()):
             raise UserError(
-                f"--output-dir {self.path} already holds a run: continue it with --resume-from latest, or choose another one."
+                f"--output-dir {self.path} already holds a run: continue with --resume-from latest, or choose another one."
             )
         for leftover in self.root.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 import numpy as np
 from accelerate import Accelerator
 
-from common import training
+from common import data
 from common.causal_report import describe
 from common.causal_sets import Store, StoreWriter, convert_zarr, problem
 from common.logs import setup_logging
@@ -95,8 +95,8 @@ def main(config: Config) -> None:
             codes = np.array([tasks.classes.index(name) if name in tasks.classes else -1 for name in store.classes] + [-1])
             store.labels["class"], store.classes = codes[store.labels["class"]], tasks.classes
         sets = job.CausalSets(store, np.arange(len(store)), flags)
-        sampler = training.EvalSampler(len(sets), config.batch_size, accelerator, costs=sets.sizes)
-        loader = training.make_loader(sets, sampler, flags, job.collate)
+        sampler = data.EvalSampler(len(sets), config.batch_size, accelerator, costs=sets.sizes)
+        loader = data.make_loader(sets, sampler, flags, job.collate)
         metrics, table = job.evaluate(model.to(accelerator.device), tasks, loader, accelerator)
         if accelerator.is_main_process:
             config.output_dir.mkdir(parents=True, exist_ok=True)

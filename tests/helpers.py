@@ -39,10 +39,14 @@ class Launch:
         launchers = {
             "python": [sys.executable],
             "accelerate": [
-                sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / config),
+                sys.executable, "-m", "accelerate.commands.launch",
+                "--config_file", str(ROOT / "accelerate_configs" / config),
                 "--num_processes", str(processes), *launcher_args,
             ],
-            "torchrun": [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *launcher_args],
+            "torchrun": [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc-per-node={processes}", *launcher_args,
+            ],
         }  # fmt: skip
         self.log = open(f"/tmp/launch-{self.id}.log", "w+b")
         options = {"stdout": self.log, "stderr": subprocess.STDOUT, "cwd": cwd, "start_new_session": True}

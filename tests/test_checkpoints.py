@@ -147,7 +147,7 @@ def test_what_resume_from_means(tmp_path, three):
     with pytest.raises(UserError, match="--resume-from latest: .* holds no checkpoint"):
         folder(tmp_path / "new", resume_from="latest").resume(*parts())
     assert folder(tmp_path / "new2", resume_from="auto").resume(*parts()) is None
-    with pytest.raises(UserError, match="already holds a run: continue it with --resume-from latest"):
+    with pytest.raises(UserError, match="already holds a run: continue with --resume-from latest"):
         folder(three)
     with pytest.raises(UserError, match="is a run folder: give one of"):
         folder(tmp_path / "new3", resume_from=str(three)).resume(*parts())

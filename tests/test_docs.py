@@ -26,9 +26,11 @@ def clone(tmp_path, sets):
     tools = tmp_path / "bin"
     tools.mkdir()
     slurm = {
-        "sbatch": 'exec env SLURM_JOB_ID=7 SLURM_NNODES=2 SLURM_CPUS_PER_TASK=2 SLURM_GPUS_ON_NODE=1 SLURM_JOB_NODELIST=n bash "$@"',
+        "sbatch": "export SLURM_JOB_ID=7 SLURM_NNODES=2 SLURM_CPUS_PER_TASK=2 SLURM_GPUS_ON_NODE=1 SLURM_JOB_NODELIST=n\n"
+        'exec bash "$@"',
         "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >> requeued; else echo 127.0.0.1; fi',
-        "srun": 'shift; trap \'kill -TERM $a $b; wait $a $b\' TERM\nSLURM_NODEID=0 "$@" & a=$!\nSLURM_NODEID=1 "$@" & b=$!\nwait $a; wait $b',
+        "srun": "shift; trap 'kill -TERM $a $b; wait $a $b' TERM\n"
+        'SLURM_NODEID=0 "$@" & a=$!\nSLURM_NODEID=1 "$@" & b=$!\nwait $a; wait $b',
     }
     for name, body in slurm.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -86,8 +88,9 @@ def test_slurm_requeues_a_signalled_job_which_then_continues(clone):
     from helpers import last_step
 
     command = (
-        "sbatch accelerate_configs/slurm.sh scripts/train_quantumgrav.py --dataset-path data/csets --output-dir runs/s --max-steps 400"
-        " --epochs 99 --batch-size 2 --num-workers 0 --tracker none --width 8 --layers 1 --log-every 1 --eval-every 200"
+        "sbatch accelerate_configs/slurm.sh scripts/train_quantumgrav.py --dataset-path data/csets --output-dir runs/s"
+        " --max-steps 400 --epochs 99 --batch-size 2 --num-workers 0 --tracker none --width 8 --layers 1"
+        " --log-every 1 --eval-every 200"
     )
     environment = os.environ | {
         "PATH": f"{clone / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",

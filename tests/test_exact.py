@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from helpers import ROOT, assert_same_run, rows, run
 from torch import nn
 
-from common import training
+from common import data, launch, training
 from common.causal_sets import Store
 from common.cli import RunConfig, sentences
 from common.demo_data import causal_sets
@@ -167,8 +167,8 @@ def evaluate(accelerator, store: Store, size: int) -> dict[str, float]:
     tasks = script.Tasks.of(store, np.arange(len(store)), TASKS)
     torch.manual_seed(0)
     model = script.CausalNet(config, tasks.outputs())
-    dealt = training.EvalSampler(size, 4, accelerator, costs=part.sizes)
-    return script.evaluate(model, tasks, training.make_loader(part, dealt, config, script.collate), accelerator)[0]
+    dealt = data.EvalSampler(size, 4, accelerator, costs=part.sizes)
+    return script.evaluate(model, tasks, data.make_loader(part, dealt, config, script.collate), accelerator)[0]
 
 
 class Keys(torch.utils.data.Dataset):
@@ -181,8 +181,8 @@ class Keys(torch.utils.data.Dataset):
 def ledger(accelerator, workers: int) -> list[list[list[int]]]:
     """The keys of each step over all processes, in order."""
     config = RunConfig(batch_size=GLOBAL_BATCH // accelerator.num_processes, epochs=EPOCHS, num_workers=workers)
-    sampler = training.StepSampler(SAMPLES, config, accelerator)
-    steps = training.StepLoader(training.make_loader(Keys(), sampler, config), accelerator)
+    sampler = data.StepSampler(SAMPLES, config, accelerator)
+    steps = data.StepLoader(data.make_loader(Keys(), sampler, config), accelerator)
     mine = [torch.cat(next(steps)).tolist() for _ in range(sampler.total_steps)]
     return [sorted(key for share in step for key in share) for step in zip(*gather_object([mine]), strict=True)]
 
@@ -203,8 +203,8 @@ def train(accelerator, config: RunConfig, *, means: bool = False) -> list[float]
     """Weights after a few steps, in float64 and with the script's denominators; or with each micro-batch's own mean."""
     accelerator.gradient_accumulation_steps = config.accumulation_steps
     tasks = script.Tasks(("curvature",), classes=(), dimensions=(), curvature=(0.0, 1.0))
-    sampler = training.StepSampler(SAMPLES, config, accelerator)
-    steps = training.StepLoader(training.make_loader(Curved(), sampler, config), accelerator)
+    sampler = data.StepSampler(SAMPLES, config, accelerator)
+    steps = data.StepLoader(data.make_loader(Curved(), sampler, config), accelerator)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
@@ -231,14 +231,14 @@ def find_batch(accelerator) -> dict:
     training.find_batch_size(accelerator, config, attempt)
     return {
         "flags": gather_object([[config.batch_size, config.accumulation_steps]]),
-        "samples per step": training.StepSampler(SAMPLES, config, accelerator).samples_per_step,
+        "samples per step": data.StepSampler(SAMPLES, config, accelerator).samples_per_step,
         "weights": train(accelerator, config),
         "weights unsplit": train(accelerator, asked),
     }
 
 
 def main(sets: Path, out: Path) -> None:
-    accelerator = training.start(RunConfig(output_dir=out.parent, tracker="none"))
+    accelerator = launch.start(RunConfig(output_dir=out.parent, tracker="none"))
     store = Store(sets)
 
     def settings(accumulation: int) -> RunConfig:

@@ -11,21 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.cli import RunConfig, UserError
-from common.training import (
-    EMA,
-    EarlyStopping,
-    EvalSampler,
-    FiniteGuard,
-    Rule,
-    StepSampler,
-    Verdict,
-    check_devices,
-    cosine,
-    find_batch_size,
-    gather_samples,
-    seed_step,
-    set_lr,
-)
+from common.data import EvalSampler, StepSampler, gather_samples
+from common.launch import check_devices
+from common.training import EMA, EarlyStopping, FiniteGuard, Rule, Verdict, cosine, find_batch_size, seed_step, set_lr
 
 
 def rank_of(index: int, count: int):
