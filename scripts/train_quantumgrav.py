@@ -1,6 +1,6 @@
 """Networks on causal sets: is it a spacetime, which kind, which dimension, which curvature.
 
-Demo on a CPU (makes its own causal sets, about 2 minutes):
+Demo on a CPU (makes its own causal sets, about a minute):
     python scripts/train_quantumgrav.py --demo
 
 One GPU:
