@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -114,7 +115,8 @@ class RunLog:
         self.accelerator.init_trackers(project, config=flat, init_kwargs={config.tracker: options} if options else {})
 
     def _write(self, row: dict[str, object]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
+        self.file.write(json.dumps(strict) + "\n")
         self.file.flush()
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
@@ -203,7 +205,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for row in rows:
         for key, value in row.items():
             part, _, name = key.rpartition("/")
-            if part and not part.startswith("test") and isinstance(value, int | float) and value == value:
+            if part and not part.startswith("test") and isinstance(value, int | float):
                 panel = f"perf/{name}" if part == "perf" else "accuracy" if name == "majority" else name
                 part = part + " (majority)" if name == "majority" else part
                 series.setdefault(panel, {}).setdefault(part, []).append((row["step"], value))

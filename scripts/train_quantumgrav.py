@@ -722,6 +722,7 @@ def main(config: Config) -> None:
         due = step % save_every == 0 or last or stopping or better or state["ended"] or folder.wants(state, score)
         if due and saved != (step, state["evaluated"]):
             saved = (step, state["evaluated"])
+            logger.info("Saving checkpoint at step %d.", step)
             log.sync()
             state |= {"step": step, "guard": guard.state_dict(), "stopper": stopper.state_dict()}
             folder.save(state, modules, optimizers, score=score, best=better)
@@ -730,6 +731,8 @@ def main(config: Config) -> None:
             break
 
         # ---- one optimizer step
+        if step % sampler.steps_per_epoch == 0:
+            logger.info("Starting training epoch %d.", step // sampler.steps_per_epoch)
         training.set_lr(optimizer, config.lr * training.cosine(step, sampler.total_steps, warmup=config.warmup_steps))
         batches = next(steps)
         counts = accelerator.reduce(tasks.counts(batches), "sum").clamp(min=1)  # one denominator for the global batch
