@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -48,7 +49,7 @@ class Launch:
                 f"--nproc-per-node={processes}", *launcher_args,
             ],
         }  # fmt: skip
-        self.log = open(f"/tmp/launch-{self.id}.log", "w+b")
+        self.log = tempfile.NamedTemporaryFile(prefix="launch-", suffix=".log")
         options = {"stdout": self.log, "stderr": subprocess.STDOUT, "cwd": cwd, "start_new_session": True}
         if via == "ranks":
             shared = {
