@@ -10,6 +10,14 @@ from helpers import ROOT, Launch, free_port, run
 CONFIGS = sorted(p.name for p in (ROOT / "accelerate_configs").glob("*.yaml"))
 
 
+@pytest.fixture
+def flags(sets, tmp_path):
+    return [
+        *("--dataset-path", sets, "--output-dir", tmp_path, "--tracker", "none"),
+        *("--max-steps", 2, "--batch-size", 4, "--num-workers", 0, "--baseline-sets", 0),
+    ]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_is_short_commented_and_valid(name):
     path = ROOT / "accelerate_configs" / name
@@ -23,44 +31,16 @@ def test_it_is_short_commented_and_valid(name):
 
 
 @pytest.mark.parametrize("name", [c for c in CONFIGS if not c.startswith("2x8")])
-def test_it_launches(name, sets, tmp_path):
+def test_it_launches(name, flags, tmp_path):
     processes = 1 if name in ("cpu.yaml", "1xgpu.yaml") else 2
-    flags = [
-        "--dataset-path",
-        sets,
-        "--output-dir",
-        tmp_path,
-        "--tracker",
-        "none",
-        "--max-steps",
-        2,
-        "--batch-size",
-        4,
-        "--num-workers",
-        0,
-    ]
     text = run(flags, processes=processes, via="accelerate", config=name)
     assert f"Process 0/{processes} started on cpu" in text
     assert f"{processes} processes x batch 4 x accumulation 1 = {4 * processes} sets per step" in text
     assert json.loads((tmp_path / "DONE").read_text())["step"] == 2
 
 
-def test_two_machines(sets, tmp_path):
+def test_two_machines(flags):
     """Two launchers on this machine, one process each, as SLURM starts them."""
-    flags = [
-        "--dataset-path",
-        sets,
-        "--output-dir",
-        tmp_path,
-        "--tracker",
-        "none",
-        "--max-steps",
-        2,
-        "--batch-size",
-        4,
-        "--num-workers",
-        0,
-    ]
     port = free_port()
     machines = [
         Launch(
