@@ -132,6 +132,7 @@ def _read_yaml(path: str) -> dict[str, object]:
 
 def parse_only(cls: type[AnyT], tokens: Sequence[str] | None = None) -> AnyT:
     """The typed command line alone, for predict scripts, which have neither files nor presets."""
+    die_with_launcher()
     try:
         return tyro.cli(cls, args=tokens, console_outputs=rank() == 0, description=cls.__doc__)
     except SystemExit:
@@ -142,7 +143,6 @@ def parse_only(cls: type[AnyT], tokens: Sequence[str] | None = None) -> AnyT:
 
 def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Flags > later --config > earlier --config > the --demo preset > defaults. Exits with 2 and a sentence when wrong."""
-    die_with_launcher()
     argv = list(sys.argv[1:] if argv is None else argv)
     with sentences(last=False):
         files, rest = [], []

@@ -126,6 +126,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -176,6 +177,7 @@ def collate(samples: list[dict]) -> dict[str, Tensor]:
         n = len(sample["relations"])
         row[:n, :n] = torch.from_numpy(sample["relations"])
     batch = {"relations": relations, "sizes": torch.tensor(sizes), "id": torch.tensor([s["id"] for s in samples])}
+    batch["real"] = torch.arange(max(sizes)) < batch["sizes"][:, None]
     for task in TASKS:
         batch[task] = torch.tensor(np.array([float(s[task]) for s in samples]), dtype=torch.float32)
     return batch
@@ -320,15 +322,14 @@ class RelationNet(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         relations, _, links = relation_matrices(batch)
-        real = torch.arange(relations.shape[1], device=relations.device) < batch["sizes"][:, None]
-        extra, missing, features = misfits(relations, links, real)
+        extra, missing, features = misfits(relations, links, batch["real"])
         x = self.embed(torch.cat([atom_features(relations, links, batch["sizes"]), features], -1))
         averaged = [relations, relations.transpose(1, 2)] + [m + m.transpose(1, 2) for m in (extra, missing)]
         averaged = [channel / channel.sum(2, keepdim=True).clamp(min=1) for channel in averaged]
         channels = [channel.to(x.dtype) for channel in (links, links.transpose(1, 2), *averaged)]
         for layer in self.layers:
             x = layer(x, channels)
-        return self.readout(x.float(), real)
+        return self.readout(x.float(), batch["real"])
 
 
 class AttentionLayer(nn.Module):
@@ -364,12 +365,11 @@ class RelationTransformer(nn.Module):
         kind = bucket * relations.long()
         kind = kind + kind.transpose(1, 2) + (self.BUCKETS * relations.transpose(1, 2)).long()  # the past has its own half
         kind = kind + torch.eye(kind.shape[1], dtype=torch.long, device=kind.device)  # 0 unrelated, 1 itself
-        real = torch.arange(kind.shape[1], device=kind.device) < batch["sizes"][:, None]
-        bias = self.bias(kind).permute(0, 3, 1, 2).masked_fill(~real[:, None, None, :], float("-inf"))
+        bias = self.bias(kind).permute(0, 3, 1, 2).masked_fill(~batch["real"][:, None, None, :], float("-inf"))
         x = self.embed(atom_features(relations, links, batch["sizes"]))
         for layer in self.layers:
             x = layer(x, bias)
-        return self.readout(x.float(), real)
+        return self.readout(x.float(), batch["real"])
 
 
 class LinkGCN(nn.Module):
@@ -385,9 +385,8 @@ class LinkGCN(nn.Module):
         adjacency = links + torch.eye(links.shape[1], device=links.device)
         norm = adjacency.sum(1).rsqrt()
         mixed = norm[..., None] * (adjacency.transpose(1, 2) @ (norm[..., None] * degrees))
-        real = (torch.arange(links.shape[1], device=links.device) < batch["sizes"][:, None])[..., None]
-        x = F.relu(self.convolution(mixed))
-        return self.out((x * real).sum(1) / batch["sizes"][:, None])
+        x = F.relu(self.convolution(mixed)) * batch["real"][..., None]
+        return self.out(x.sum(1) / batch["sizes"][:, None])
 
 
 BODIES = {"relations": RelationNet, "transformer": RelationTransformer, "gcn": LinkGCN}
@@ -501,6 +500,12 @@ def metrics_of(tasks: Tasks, table: dict[str, np.ndarray]) -> dict[str, float]:
     return {"loss": total, **{key: float(value) for key, value in values.items()}}
 
 
+def standard_error(tasks: Tasks, table: dict[str, np.ndarray]) -> float:
+    """Of the summed loss: of every task's mean over its labelled sets."""
+    losses = [table[f"{task}/loss"][table[f"{task}/known"].astype(bool)].astype(np.float64) for task in tasks.names]
+    return math.sqrt(sum(loss.var() / len(loss) for loss in losses if len(loss)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluate
 
@@ -510,7 +515,7 @@ def evaluate(model: nn.Module, tasks: Tasks, loader, accelerator) -> tuple[dict[
     """Metrics over the whole set, equal on every rank and for any number of processes, and the table behind them."""
     rows = []
     for batch in loader:
-        batch = data.send_to_device(batch, accelerator.device)
+        batch = send_to_device(batch, accelerator.device)
         with accelerator.autocast():
             outputs = model(batch)
         losses = tasks.losses(outputs, batch)
@@ -535,12 +540,12 @@ def evaluate(model: nn.Module, tasks: Tasks, loader, accelerator) -> tuple[dict[
 def try_batch(model: nn.Module, tasks: Tasks, dataset: CausalSets, count: int) -> None:
     """Forward and backward on `count` copies of the largest set: what --find-batch-size asks whether it fits."""
     largest = dataset[int(dataset.sizes.argmax())]
-    batch = data.send_to_device(collate([largest] * count), next(model.parameters()).device)
+    batch = send_to_device(collate([largest] * count), next(model.parameters()).device)
     sum(loss.sum() for loss in tasks.losses(model(batch), batch).values()).backward()
     model.zero_grad()
 
 
-def open_store(config: Config, path: Path, name: str, accelerator) -> Store:
+def open_store(path: Path, name: str, accelerator) -> Store:
     """A store, or a folder of QuantumGrav's zarr stores, which rank 0 converts once."""
     try:
         sources = [path] if path.suffix == ".zarr" else sorted(path.glob("*.zarr"))
@@ -560,8 +565,8 @@ def prepare_data(config: Config, accelerator) -> tuple[Store, Store | None]:
         if config.transfer_path:
             make = partial(write, config.transfer_path, DEMO_SETS // 10, seed=1, preset="zoo", n_min=120, n_max=160)
             data.made_by_main(accelerator, config.transfer_path, make)
-    store = open_store(config, config.dataset_path, "--dataset-path", accelerator)
-    transfer = config.transfer_path and open_store(config, config.transfer_path, "--transfer-path", accelerator)
+    store = open_store(config.dataset_path, "--dataset-path", accelerator)
+    transfer = config.transfer_path and open_store(config.transfer_path, "--transfer-path", accelerator)
     if transfer and transfer.classes != store.classes:
         raise UserError(
             f"--transfer-path {config.transfer_path} has other class names than --dataset-path: convert both alike."
@@ -592,8 +597,7 @@ def misfit_totals(store: Store, ids: np.ndarray, config: Config) -> np.ndarray:
     for start in range(0, len(sets), 64):
         batch = collate([sets[i] for i in range(start, min(start + 64, len(sets)))])
         relations, _, links = relation_matrices(batch)
-        real = torch.arange(relations.shape[1]) < batch["sizes"][:, None]
-        pairs = misfits(relations, links, real)[:2]
+        pairs = misfits(relations, links, batch["real"])[:2]
         rows.append(
             torch.stack([t for m in pairs for t in (m.sum((1, 2)) / batch["sizes"], (m.sum(1) + m.sum(2)).amax(1))], 1)
         )
@@ -615,6 +619,9 @@ def early_stopping(config: Config) -> training.EarlyStopping:
     return training.EarlyStopping(rules, config.early_stop_patience, config.early_stop_mode)
 
 
+MODEL_FLAGS = ("model", "width", "layers", "heads", "dropout")
+
+
 def load_model(folder: Path) -> tuple[CausalNet, Tasks, dict]:
     """The exported model of a run: what `model/` holds. Used by predict_quantumgrav.py."""
     saved = json.loads((folder / "config.json").read_text())
@@ -622,9 +629,6 @@ def load_model(folder: Path) -> tuple[CausalNet, Tasks, dict]:
     model = CausalNet(Config(**saved["config"]), tasks.outputs())
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval(), tasks, saved
-
-
-MODEL_FLAGS = ("model", "width", "layers", "heads", "dropout")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -709,8 +713,7 @@ def main(config: Config) -> None:
         if step > state["evaluated"] and (step % eval_every == 0 or last) and not stopping:
             metrics, table = evaluate(ema.module, tasks, val_loader, accelerator)
             log.evaluation(step, epoch, {f"val/{key}": value for key, value in metrics.items()})
-            errors = table[f"{tasks.names[0]}/loss"]
-            logger.info("Validation: loss=%.3f ± %.3f", metrics["loss"], errors.std() / math.sqrt(len(errors)))
+            logger.info("Validation: loss=%.3f ± %.3f", metrics["loss"], standard_error(tasks, table))
             better, state["ended"] = stopper.update(accelerator, {f"val/{key}": value for key, value in metrics.items()})
             rule = stopper.rules[0]
             score = metrics[rule.metric.removeprefix("val/")] * (1 if rule.mode == "max" else -1)
