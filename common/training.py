@@ -144,6 +144,24 @@ class FiniteGuard:
         self.remember()
 
 
+class TermWatch:
+    """Warns once of a loss term that has been zero or constant for `patience` steps: it trains nothing."""
+
+    def __init__(self, patience: int = 50):
+        self.patience = patience
+        self.seen: dict[str, tuple[float, int]] = {}
+        self.told: set[str] = set()
+
+    def update(self, terms: dict[str, float]) -> None:
+        for name, value in terms.items():
+            before, times = self.seen.get(name, (math.nan, 0))
+            times = times + 1 if abs(value - before) <= 1e-6 * abs(before) else 1
+            self.seen[name] = (before if times > 1 else value, times)
+            if times == self.patience and name not in self.told:
+                self.told.add(name)
+                logger.warning("The loss term %s has been %.4g for %d steps: it trains nothing", name, value, times)
+
+
 def check_replicas(accelerator: Accelerator, module: nn.Module, where: str) -> None:
     """All ranks must hold the same weights to the bit: a sum of the bit patterns, compared across ranks."""
     if accelerator.num_processes == 1:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.demo_data import causal_sets
+from common.demo_data import causal_sets, underwater
 
 
 @pytest.fixture(scope="session")
@@ -10,4 +10,12 @@ def sets(tmp_path_factory):
     """203 causal sets of 8 to 16 atoms: prime-ish sizes, so that nothing divides evenly."""
     path = tmp_path_factory.mktemp("data") / "sets"
     causal_sets.write(path, 203, seed=1, preset="zoo", n_min=8, n_max=16, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def water(tmp_path_factory):
+    """23 pairs with labels and test sets of 5, 3 and 1 pictures: fewer than processes, too."""
+    path = tmp_path_factory.mktemp("data") / "water"
+    underwater.write(path, 23, test=5, nonref=3, seed=1, size=(48, 56), label_size=8, progress=False)
     return path
