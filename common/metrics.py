@@ -159,8 +159,8 @@ def _pixels(images: Tensor, variant: Variant) -> Tensor:
 def _counts(levels: Tensor, size: int) -> Tensor:
     """(B, size): how often each level 0 ... size - 1 occurs in each image. A pixel takes so few levels that trimming needs
     no sort."""
-    levels = levels.flatten(1).long()
-    first = size * torch.arange(len(levels), device=levels.device)[:, None]
+    levels = levels.flatten(1).int()
+    first = size * torch.arange(len(levels), dtype=torch.int, device=levels.device)[:, None]
     return torch.bincount((levels + first).flatten(), minlength=size * len(levels)).view(-1, size)
 
 
@@ -214,7 +214,10 @@ def _cubic(x: Tensor, size: int) -> Tensor:
     d = (at - index).abs()
     weight = torch.where(d <= 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
     index = torch.where(index < 0, -1 - index, torch.where(index >= old, 2 * old - 1 - index, index))
-    return sum(x.index_select(-2, i) * w[:, None] for i, w in zip(index, weight, strict=True))
+    stretched = 0
+    for i, w in zip(index, weight, strict=True):
+        stretched = x.index_select(-2, i).mul_(w[:, None]).add_(stretched)  # in place: half the time on a CPU
+    return stretched
 
 
 def _to_blocks_of_five(x: Tensor) -> Tensor:
@@ -223,8 +226,8 @@ def _to_blocks_of_five(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     if height % 5 == 0 and width % 5 == 0:
         return x
-    x = _cubic(x.double(), height - height % 5 + 5)
-    return _cubic(x.transpose(-1, -2).contiguous(), width - width % 5 + 5).transpose(-1, -2)
+    x = _cubic(x.double().transpose(-1, -2).contiguous(), width - width % 5 + 5)
+    return _cubic(x.transpose(-1, -2).contiguous(), height - height % 5 + 5)
 
 
 def _modulus(ratio: Tensor, factor: Tensor) -> Tensor:
@@ -297,12 +300,13 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     """CIELAB of sRGB images for the white D65: L in [0, 100]; a and b of a grey pixel are 0."""
     level = torch.arange(256, device=images.device) / 255
     linear = torch.where(level > 0.04045, ((level + 0.055) / 1.055) ** 2.4, level / 12.92)
-    red, green, blue = linear[to_uint8(images).long()].unbind(1)
-    ratios = []  # X, Y and Z over those of white
+    pixels = to_uint8(images)
+    red, green, blue = linear.index_select(0, pixels.flatten().int()).view(pixels.shape).unbind(1)
+    roots = []
     for r, g, b in ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227)):
-        ratios.append((r * red + g * green + b * blue) / (r + g + b))
-    t = torch.stack(ratios, 1)
-    x, y, z = torch.where(t > (6 / 29) ** 3, t ** (1 / 3), t / (3 * (6 / 29) ** 2) + 4 / 29).unbind(1)
+        t = (r * red + g * green + b * blue) / (r + g + b)  # X, Y or Z over that of white
+        roots.append(torch.where(t > (6 / 29) ** 3, t ** (1 / 3), t / (3 * (6 / 29) ** 2) + 4 / 29))
+    x, y, z = roots
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
@@ -328,7 +332,7 @@ def uciqe(images: Tensor, variant: Variant) -> Tensor:
         levels, end = torch.arange(256, device=x.device), max(pixels // 100, 1)
         counts = _counts(value, 256)
         ends = _between(counts, pixels - end, pixels) - _between(counts, 0, end)
-        spread, contrast = hue.flatten(1).std(1, correction=0), (ends * levels).sum(1) / (255 * end)
+        spread, contrast = _deviation(hue.flatten(1)), (ends * levels).sum(1) / (255 * end)
     else:
         lightness, a, b = rgb_to_lab(x).flatten(2).unbind(1)
         if variant == "matlab":
@@ -345,8 +349,12 @@ def uciqe(images: Tensor, variant: Variant) -> Tensor:
         if variant == "matlab":
             spread = (1 - chroma.mean(1, keepdim=True).square() / squares).abs().mean(1).sqrt()
         else:
-            spread = chroma.std(1, correction=0) / 100
+            spread = _deviation(chroma) / 100
     return 0.4680 * spread + 0.2745 * contrast + 0.2576 * saturation.flatten(1).mean(1)
+
+
+def _deviation(x: Tensor) -> Tensor:
+    return (x - x.mean(1, keepdim=True)).square().mean(1).sqrt()  # a fifth of the time of Tensor.std
 
 
 def _hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -218,7 +218,7 @@ def split_hash(images: ImageSet) -> str:
 
 
 def check_readable(images: ImageSet, inspections: dict[Path, Inspection]) -> ImageSet:
-    """Without the unreadable, and without pairs whose sizes differ. Each is named with its reason in one warning."""
+    """Without the unreadable, the tiny, and pairs whose sizes differ. Each is named with its reason in one warning."""
     bad: dict[str, str] = {}
     for i, stem in enumerate(images.stems):
         files = [images.inputs[i], *images.targets[i : i + 1]]
@@ -226,6 +226,8 @@ def check_readable(images: ImageSet, inspections: dict[Path, Inspection]) -> Ima
         sizes = [inspections[path].size for path in files]
         if broken:
             bad[stem] = "; ".join(broken)
+        elif min(sizes[0]) < 11:
+            bad[stem] = f"{files[0]} is smaller than 11 x 11 pixels, the window of SSIM"
         elif len(set(sizes)) > 1:
             (h, w), (target_h, target_w) = sizes
             bad[stem] = f"{files[0]} is {w}x{h}, its target {target_w}x{target_h}"

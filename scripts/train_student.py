@@ -99,7 +99,7 @@ class Config(RunConfig):
     # losses
     rec_weight: float = 1.0
     """Charbonnier."""
-    ssim_weight: float = 0.2
+    dssim_weight: float = 0.2
     """1 - SSIM."""
     perceptual_weight: float = 0.05
     """VGG19 features."""
@@ -550,8 +550,8 @@ def loss_terms(config: Config, answer: dict, batch: dict[str, Tensor], perceptua
     terms: dict[str, Tensor] = {}
     if "rec" in on:
         terms["rec"] = losses.charbonnier(output, target)
-    if "ssim" in on:
-        terms["ssim"] = losses.ssim_loss(output, target)
+    if "dssim" in on:
+        terms["dssim"] = losses.ssim_loss(output, target)
     if perceptual:
         terms["perceptual"] = perceptual(output, target)
     if on & {"hf", "lf"}:
@@ -573,7 +573,7 @@ def loss_terms(config: Config, answer: dict, batch: dict[str, Tensor], perceptua
     return {name: value * batch[f"has_{NEEDS[name]}"] if name in NEEDS else value for name, value in terms.items()}
 
 
-WEIGHTS = ("rec", "ssim", "perceptual", "hf", "lf", "region", "mask", "code", "kd", "feature", "tv")
+WEIGHTS = ("rec", "dssim", "perceptual", "hf", "lf", "region", "mask", "code", "kd", "feature", "tv")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluate

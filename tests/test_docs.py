@@ -17,12 +17,14 @@ LAUNCHES = [block for block in BLOCKS if "pip install" not in block]
 
 
 @pytest.fixture
-def clone(tmp_path, sets):
-    """A checkout with a dataset where the README says, the tools of this environment on the path, and a toy SLURM."""
+def clone(tmp_path, sets, water):
+    """A checkout with datasets where the README says, the tools of this environment on the path, and a toy SLURM."""
     for name in ("scripts", "common", "accelerate_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "csets").symlink_to(sets)
+    for name in ("UIEB", "pseudo", "testset_ref", "testset_nonref"):
+        (tmp_path / "data" / name).symlink_to(water / name)
     tools = tmp_path / "bin"
     tools.mkdir()
     slurm = {
@@ -44,14 +46,17 @@ def shell(command: str, clone: Path) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-ec", command], cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
 
 
+SMALL = {
+    "quantumgrav": "--width 8 --layers 1",
+    "student": "--width 8 --blocks 1 1 1 --heads 4 --img-size 32 --val-images 2 --perceptual-weight 0",
+}
+
+
 def small(block: str) -> str:
     """The same commands, two processes, two steps."""
     block = re.sub(r"(\S+/\d+x(gpu|t4|h200|a100)\.yaml)", r"\1 --num_processes 2", block)
-    return re.sub(
-        r"(scripts/train_\w+\.py)",
-        r"\1 --max-steps 2 --batch-size 4 --num-workers 0 --tracker none --width 8 --layers 1",
-        block,
-    )
+    shared = "--max-steps 2 --batch-size 4 --num-workers 0 --tracker none"
+    return re.sub(r"scripts/train_(\w+)\.py", lambda found: f"{found[0]} {shared} {SMALL[found[1]]}", block)
 
 
 @pytest.mark.slow

@@ -423,7 +423,7 @@ def test_crops_agree_with_pillow(shape, size):
 
 
 def test_crops_lie_where_the_image_crop_lies():
-    """A ramp of positions: each output pixel holds the place of its own centre in the image (a map pixel is 4e-3 or more)."""
+    """A ramp of positions: each output pixel holds the place of its own centre (a map pixel is 4e-3 wide or more)."""
     for length in (16, 224):
         places = (np.arange(length, dtype=np.float32) + 0.5) / length
         ramp = np.stack([np.tile(places, (length, 1)), np.tile(places[:, None], (1, length))])

@@ -24,7 +24,13 @@ import torch
 from scripts import train_student as job
 
 SIDES = (384, 512)  # of the image; tokens are places at an eighth of it
-CASES = {"no chunks, plain": "plain", "chunks of 256, kept": "kept", "chunks of 1024": 1024, "chunks of 256": 256, "fused": 0}
+CASES = {
+    "no chunks, plain": "plain",
+    "chunks of 256, kept": "kept",
+    "chunks of 1024": 1024,
+    "chunks of 256": 256,
+    "fused": 0,
+}
 
 
 def measure(side: int, case: str | int) -> dict[str, float]:

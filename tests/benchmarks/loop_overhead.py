@@ -1,6 +1,6 @@
 """What the loop costs beyond the mathematics: a script against a bare PyTorch loop of the same model, data and optimizer.
 
-    python tests/benchmarks/loop_overhead.py
+    python tests/benchmarks/loop_overhead.py [quantumgrav] [student]
 
 Both run as processes in turn, A B A B ..., since machines are noisy; the median of the paired ratios counts. Goals: at least
 0.98 of the bare loop's speed at steps of 50 ms and more, at most 0.4 ms per step in all.
@@ -19,17 +19,44 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 CASES = {
-    "small steps": (["--width", "8", "--layers", "1", "--batch-size", "8"], 600),
-    "large steps": (["--width", "48", "--batch-size", "64"], 120),
+    "quantumgrav": {
+        "small steps": (["--width", "8", "--layers", "1", "--batch-size", "8"], 600),
+        "large steps": (["--width", "48", "--batch-size", "64"], 120),
+    },
+    "student": {
+        "small steps": (["--width", "8", "--blocks", "1", "1", "1", "--img-size", "32", "--batch-size", "2"], 300),
+        "large steps": (["--width", "24", "--blocks", "1", "1", "2", "--img-size", "96", "--batch-size", "8"], 80),
+    },
 }
 PAIRS, WARM = 5, 0.2
 
 
-def bare_loop(flags: list[str], steps: int) -> float:
+def bare_loop(job: str, flags: list[str], steps: int) -> float:
     """Milliseconds per step of the same work, written as in a tutorial."""
     import torch
 
     from common import training
+
+    torch.manual_seed(0)
+    config, train, collate, model, loss_of = {"quantumgrav": quantumgrav, "student": student}[job](flags)
+    ema = training.EMA(model, config.ema_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    epochs = range(1 + steps * config.batch_size // len(train))
+    keys = [(epoch, i) for epoch in epochs for i in torch.randperm(len(train)).tolist()]
+    keys = sorted_chunks(keys, config.batch_size)[:steps]
+    loader = iter(torch.utils.data.DataLoader(train, batch_sampler=keys, collate_fn=collate))
+    for step in range(steps):
+        if step == int(steps * WARM):
+            began = time.perf_counter()
+        loss_of(model, next(loader)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+    return (time.perf_counter() - began) / (steps - int(steps * WARM)) * 1e3
+
+
+def quantumgrav(flags: list[str]):
     from common.causal_sets import Store
     from common.cli import parse
     from scripts import train_quantumgrav as job
@@ -38,89 +65,94 @@ def bare_loop(flags: list[str], steps: int) -> float:
     store = Store(config.dataset_path)
     train = job.CausalSets(store, job.split_ids(store, config)[0], config)
     tasks = job.Tasks.of(store, train.ids, config.tasks)
-    torch.manual_seed(0)
-    model = job.CausalNet(config, tasks.outputs())
-    ema = training.EMA(model, config.ema_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    epochs = [
-        [(epoch, i) for i in torch.randperm(len(train)).tolist()]
-        for epoch in range(1 + steps * config.batch_size // len(train))
-    ]
-    keys = sorted_chunks([key for epoch in epochs for key in epoch], config.batch_size)[:steps]
-    loader = iter(torch.utils.data.DataLoader(train, batch_sampler=keys, collate_fn=job.collate))
-    for step in range(steps):
-        if step == int(steps * WARM):
-            began = time.perf_counter()
-        batch = next(loader)
-        losses = tasks.losses(model(batch), batch)
-        loss = sum(values.mean() for values in losses.values())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(model, step)
-    return (time.perf_counter() - began) / (steps - int(steps * WARM)) * 1e3
+
+    def loss_of(model, batch):
+        return sum(values.mean() for values in tasks.losses(model(batch), batch).values())
+
+    return config, train, job.collate, job.CausalNet(config, tasks.outputs()), loss_of
+
+
+def student(flags: list[str]):
+    import torch
+    from accelerate import Accelerator
+
+    from common.cli import parse
+    from scripts import train_student as job
+
+    config = parse(job.Config, flags)
+    parts = job.prepare_data(config, Accelerator(cpu=True))
+    model = job.Student(config, parts.audit.classes, parts.audit.code_size).to(memory_format=torch.channels_last)
+
+    def loss_of(model, batch):
+        terms = job.loss_terms(config, job.forward(model, batch), batch, None)
+        return sum(values.mean() * getattr(config, f"{name}_weight") for name, values in terms.items())
+
+    return config, parts.train, None, model, loss_of
 
 
 def sorted_chunks(keys: list, size: int) -> list[list]:
     return [keys[i : i + size] for i in range(0, len(keys) - size + 1, size)]
 
 
-def script_loop(flags: list[str], steps: int) -> float:
+def script_loop(job: str, flags: list[str], steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         every = int(steps * WARM)
-        command = [
-            sys.executable,
-            "scripts/train_quantumgrav.py",
-            *flags,
-            "--max-steps",
-            str(steps),
-            "--epochs",
-            "999",
-            "--output-dir",
-            folder,
-        ]
-        command += ["--log-every", str(every), "--eval-every", "9999", "--save-every", "9999"]
+        command = [sys.executable, f"scripts/train_{job}.py", *flags, "--max-steps", str(steps), "--epochs", "999"]
+        command += ["--output-dir", folder, "--log-every", str(every), "--eval-every", "9999", "--save-every", "9999"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["perf/samples_per_s"] for row in rows if "perf/samples_per_s" in row][1:]
     return statistics.fmean(1e3 / speed for speed in speeds) * int(flags[flags.index("--batch-size") + 1])
 
 
-def main() -> None:
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    data = Path(tempfile.mkdtemp()) / "sets"
-    from common.demo_data.causal_sets import write
+def make_data(job: str, folder: Path) -> list[str]:
+    """The flags that train on it."""
+    shared = ["--tracker", "none", "--num-workers", "0"]
+    if job == "quantumgrav":
+        from common.demo_data.causal_sets import write
 
-    write(data, 1500, seed=0, preset="zoo", progress=False)
+        write(folder, 1500, seed=0, preset="zoo", progress=False)
+        return [*shared, "--dataset-path", str(folder), "--baseline-sets", "0"]
+    from common.demo_data.underwater import write
+
+    write(folder, 80, test=1, nonref=1, progress=False)
+    return [*shared, "--train-root", f"{folder}/UIEB", "--pseudo-root", f"{folder}/pseudo", "--val-images", "2"] + [
+        "--test-images", "2", "--perceptual-weight", "0"
+    ]  # fmt: skip
+
+
+def main(jobs: list[str]) -> None:
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     results = {}
-    for name, (flags, steps) in CASES.items():
-        flags = ["--dataset-path", str(data), "--tracker", "none", "--num-workers", "0", "--baseline-sets", "0", *flags]
-        pairs = []
-        for _ in range(PAIRS):
-            done = subprocess.run(
-                [sys.executable, __file__, "bare", str(steps), *flags], cwd=ROOT, check=True, capture_output=True, text=True
+    for job in jobs:
+        shared = make_data(job, Path(tempfile.mkdtemp()) / job)
+        for name, (flags, steps) in CASES[job].items():
+            flags = [*shared, *flags]
+            pairs = []
+            for _ in range(PAIRS):
+                command = [sys.executable, __file__, "bare", job, str(steps), *flags]
+                done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+                pairs.append((float(done.stdout.split()[-1]), script_loop(job, flags, steps)))
+            ratios = sorted(bare / ours for bare, ours in pairs)
+            bare, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+            added = statistics.median(o - b for b, o in pairs)
+            results[f"{job} {name}"] = {
+                "bare_ms": bare,
+                "script_ms": ours,
+                "speed_ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "added_ms": added,
+            }
+            print(
+                f"{job}, {name}: bare {bare:.2f} ms, script {ours:.2f} ms, added {added:.2f} ms,"
+                f" speed {statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]",
+                flush=True,
             )
-            pairs.append((float(done.stdout.split()[-1]), script_loop(flags, steps)))
-        ratios = sorted(bare / ours for bare, ours in pairs)
-        bare, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-        added = statistics.median(o - b for b, o in pairs)
-        results[name] = {
-            "bare_ms": bare,
-            "script_ms": ours,
-            "speed_ratio": statistics.median(ratios),
-            "ratios": ratios,
-            "added_ms": added,
-        }
-        print(
-            f"{name}: bare {bare:.2f} ms, script {ours:.2f} ms, added {added:.2f} ms,"
-            f" speed {statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]"
-        )
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bare"]:
-        print(bare_loop(sys.argv[3:], int(sys.argv[2])))
+        print(bare_loop(sys.argv[2], sys.argv[4:], int(sys.argv[3])))
     else:
-        main()
+        main(sys.argv[1:] or list(CASES))
