@@ -27,7 +27,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from common.metrics import NR_VARIANTS, ssim, uciqe, uiqm
 
-ROUNDS = 7
+ROUNDS = 5
 IMAGES = [distorted(smooth(256, 256, k % 3), seed=k, sigma=8) for k in range(4)]
 
 
