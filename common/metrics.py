@@ -144,7 +144,6 @@ def grey_world(images: Tensor) -> Tensor:
 
 Variant = Literal["paper", "funie", "matlab"]
 NR_VARIANTS: tuple[Variant, ...] = ("paper", "funie", "matlab")
-BLOCK = {"paper": 10, "funie": 10, "matlab": 5}
 
 
 def _pixels(images: Tensor, variant: Variant) -> Tensor:
@@ -244,19 +243,19 @@ def _modulus(ratio: Tensor, factor: Tensor) -> Tensor:
 def uism(images: Tensor, variant: Variant) -> Tensor:
     """UIQM's sharpness, see `uiqm`."""
     x = _pixels(images, variant).float()
-    size, (height, width) = BLOCK[variant], x.shape[-2:]
+    height, width = x.shape[-2:]
     framed = F.pad(x, (1, 1, 1, 1), "replicate")
     down, right = framed[:, :, 2:] - framed[:, :, :-2], framed[..., 2:] - framed[..., :-2]
     down = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
     right = right[:, :, :-2] + 2 * right[:, :, 1:-1] + right[:, :, 2:]
     if variant == "matlab":
         rows, columns = -(-height // 5) * 5, -(-width // 5) * 5
-        low, high = _extremes(_to_blocks_of_five((down - right).abs())[:, :, :rows, :columns], size)
+        low, high = _extremes(_to_blocks_of_five((down - right).abs())[:, :, :rows, :columns], 5)
         counted = (low != 0) & (high != 0)
         ratio = torch.where(counted, high / torch.where(counted, low, 1), 1)
-        contrast = _modulus(ratio, torch.ones_like(ratio)) * 2 / (height / size * width / size)
+        contrast = _modulus(ratio, torch.ones_like(ratio)) * 2 / (height / 5 * width / 5)
     else:
-        low, high = _extremes((down.square() + right.square()).sqrt() * x, size)
+        low, high = _extremes((down.square() + right.square()).sqrt() * x, 10)
         contrast = 2 * torch.where(low > 0, high / torch.where(low > 0, low, 1), 1).log().mean((2, 3))
     weights = x.new_tensor([0.299, 0.587, 0.144 if variant == "funie" else 0.114])
     return (contrast.float() * weights).sum(1)

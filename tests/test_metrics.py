@@ -86,6 +86,11 @@ def test_psnr_and_ssim_against_scikit_image(a, b):
     assert ssim(tensor(a)[:, 1:2], tensor(b)[:, 1:2]).item() == pytest.approx(one, abs=1e-5)
 
 
+def test_to_uint8_clamps_and_rounds():
+    levels = metrics.to_uint8(torch.tensor([-0.1, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.2]))
+    assert levels.dtype == torch.uint8 and levels.tolist() == [0, 0, 1, 255, 255]
+
+
 def test_equal_images():
     x = tensor(smooth(20, 20))
     assert psnr(x, x).item() == 100 and ssim(x, x).item() == pytest.approx(1, abs=1e-6)
@@ -395,3 +400,14 @@ def test_nr_metrics_name_what_is_wrong():
         uciqe(torch.zeros(1, 3, 20, 20), "hsv")
     with pytest.raises(ValueError, match="at least 10 x 10 pixels, not 20 x 9"):
         uiqm(torch.zeros(1, 3, 9, 20), "paper")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_equals_cpu():
+    a, b = tensor(smooth(43, 57), smooth(43, 57, 1)), tensor(noise(43, 57), distorted(smooth(43, 57, 1)))
+    for metric in (uiqm, uciqe):
+        for variant in NR_VARIANTS:
+            assert metric(b.cuda(), variant).cpu().numpy() == pytest.approx(metric(b, variant).numpy(), rel=1e-4)
+    on_gpu = metrics.fidelity(a.cuda(), b.cuda())
+    for name, value in metrics.fidelity(a, b).items():
+        assert on_gpu[name].cpu().numpy() == pytest.approx(value.numpy(), rel=1e-4)

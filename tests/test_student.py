@@ -209,7 +209,7 @@ def test_files_of_all_kinds_train_without_labels_and_a_truncated_one_is_named_fi
     assert "1 files without a partner left out (raw-890/lonely.png)" in text
     assert "Test part of" in text and "1 images by --split seed:0, list " in text
     first, second = rows(tmp_path / "run", "train")
-    assert {"train/rec", "train/ssim", "train/hf", "train/lf"} <= first.keys()
+    assert {"train/rec", "train/dssim", "train/hf", "train/lf"} <= first.keys()
     assert not any(f"train/{name}" in first for name in job.NEEDS)
     assert np.isfinite(second["train/loss"])
     [line] = table(tmp_path / "run/test_UIEB-test.csv")
@@ -563,17 +563,17 @@ def test_memory_of_attention_falls_with_the_chunk_size():
     assert largest == [heads * chunk * places for chunk in (128, 64, 16)]
 
 
-@pytest.mark.slow
 def test_compiled_training_is_nearly_the_same():
-    config = small(blocks=(1, 1, 2))
-    batch = batch_of(2, [True, False], [True, False])
+    """As one graph, whatever the labels of a batch. Not with inductor, whose C++ takes this network 48 s to compile; it gave
+    the losses of the eager network to 1e-4."""
+    config, batch = small(), batch_of(2, [True, False], [True, False])
 
     def losses_of(compiled: bool) -> list[float]:
-        model = experienced()
+        model = experienced(blocks=(0, 0, 2))
         if compiled:
-            model.compile()
+            model.compile(fullgraph=True, backend="aot_eager")
         optimizer, values = torch.optim.SGD(model.parameters(), 0.05), []
-        for _ in range(3):
+        for _ in range(2):
             loss = sum(term.sum() for term in job.loss_terms(config, job.forward(model, batch), batch, None).values())
             loss.backward()
             optimizer.step()
@@ -582,7 +582,7 @@ def test_compiled_training_is_nearly_the_same():
         return values
 
     eager = losses_of(False)
-    assert losses_of(True) == pytest.approx(eager, rel=1e-4) and eager[0] != pytest.approx(eager[2], rel=1e-3)
+    assert losses_of(True) == pytest.approx(eager, rel=1e-4) and eager[0] != pytest.approx(eager[1], rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,227 @@
+"""Make pictures of camouflaged objects with their masks, in the layout of COD10K-v3.
+
+    python -m common.demo_data.camouflage --out data/demo/COD10K-v3 --train 400 --test 80 --seed 0 --size 96
+
+    Train/Image/<name>.jpg, Train/GT_Object/<name>.png, Train/GT_Edge/<name>.png     Test/ the same
+    Info/CAM_train.txt, Info/CAM_test.txt, Info/NonCAM_train.txt, Info/NonCAM_test.txt   file names of the images
+    Info/difficulty.csv                                                               name,level of every CAM picture
+
+An object has the colours of the ground that it hides: the same palette, the same brightness around every place and the same
+histogram of what deviates from that. Only its texture differs, in scale, direction, elongation and roughness, and by how
+much is the picture's level: 0 is invisible, 1 plain to see. There is a little shading too, but NonCAM pictures (black masks)
+and half of the others have bumps and shadows where there is no object.
+
+The five super-classes of COD10K are five kinds of ground. Picture i of a part is a function of (seed, part, i). As in the
+wild, sizes differ from picture to picture, and the mask of every ODD_MASK-th picture has twice the size of its picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import secrets
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import binary_erosion, gaussian_filter
+from scipy.spatial import cKDTree
+from tqdm import tqdm
+
+from common.cli import UserError, sentences
+
+# (number in COD10K, name, elongation, bumpiness of the outline)
+SUPER_CLASSES: dict[str, tuple[tuple[int, str, float, float], ...]] = {
+    "Aquatic": ((3, "Crab", 1.2, 0.6), (6, "Fish", 1.9, 0.3)),
+    "Terrestrial": ((23, "Cat", 1.5, 0.4), (46, "StickInsect", 3.5, 0.2)),
+    "Flying": ((55, "Butterfly", 1.2, 0.7), (65, "Owl", 1.5, 0.2)),
+    "Amphibian": ((67, "Frog", 1.2, 0.5), (68, "Toad", 1.4, 0.3)),
+    "Other": ((69, "Other", 1.6, 0.4),),
+}
+# Dark to light, sRGB. The ground of a super-class has one of its palettes, somewhat changed.
+PALETTES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "Aquatic": (
+        ("#2f3a33", "#6f6f55", "#a89a74", "#d9cfae"),  # gravel under shallow water
+        ("#1f3338", "#3f6162", "#7f978a", "#c3c9ad"),  # algae
+        ("#4a3430", "#8a6250", "#b99677", "#e2d0b2"),  # broken coral
+    ),
+    "Terrestrial": (
+        ("#2a1d14", "#5d4128", "#94714a", "#c9ab7c"),  # dry leaves
+        ("#2b2a17", "#5c5a2d", "#938c50", "#cfc58c"),  # dead grass
+        ("#241a12", "#4b3a2b", "#7c6852", "#b3a58e"),  # roots
+    ),
+    "Flying": (
+        ("#25231f", "#55504a", "#8b857b", "#c4bfb3"),  # bark of beech
+        ("#2a1f18", "#664a38", "#9a7a60", "#cdb79d"),  # bark of pine
+        ("#1d2a17", "#42592e", "#78894f", "#b6bd86"),  # reed
+    ),
+    "Amphibian": (
+        ("#161f10", "#344a1f", "#667b36", "#a5ad6a"),  # moss
+        ("#262a26", "#555c50", "#8a8f7d", "#c2c4b0"),  # wet pebbles
+        ("#20180f", "#4c3d22", "#7d6d3f", "#b5a873"),  # mud
+    ),
+    "Other": (
+        ("#2d2b2a", "#625e59", "#98928a", "#cfc9bf"),  # granite
+        ("#3a2c22", "#7d5f47", "#b08f6c", "#dfc8a6"),  # sandstone
+        ("#2a3030", "#5d6a64", "#97a091", "#d3d6bf"),  # lichen
+    ),
+}
+PARTS = ("train", "test")
+ODD_MASK = 40  # pictures 5, 45, 85, ... of a part
+JPEG_QUALITY = 95
+AREA = (0.04, 0.25)  # of the object
+SHADING = 0.08
+
+
+def noise(rng: np.random.Generator, shape: tuple[int, int], envelope: np.ndarray) -> np.ndarray:
+    """A field of mean 0 and deviation 1 with random phases and this amplitude per frequency."""
+    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) * envelope, shape)
+    return (field - field.mean()) / field.std()
+
+
+@dataclass(frozen=True)
+class Texture:
+    """A kind of ground. Lengths are shares of the picture's nominal side, so `scale` counts features along it."""
+
+    kind: str  # the super-class
+    scale: float
+    angle: float  # of the long side of its features
+    stretch: float  # how much longer than wide they are
+    roughness: float  # the slope of the spectrum; rough is small
+
+    def changed(self, level: float, rng: np.random.Generator) -> Texture:
+        """The texture of an object on this ground: as different as `level`, in a direction that is drawn."""
+        finer, longer, rougher = rng.choice([-1, 1], 3)
+        return replace(
+            self,
+            scale=self.scale * math.exp(finer * 0.55 * level),
+            angle=self.angle + rng.choice([-1, 1]) * rng.uniform(0.6, 1.4) * level,
+            stretch=self.stretch * math.exp(longer * 0.35 * level),
+            roughness=self.roughness + rougher * 0.5 * level,
+        )
+
+    def field(self, rng: np.random.Generator, shape: tuple[int, int], side: int) -> np.ndarray:
+        """(H, W) of deviation 1."""
+        down, right = np.fft.fftfreq(shape[0])[:, None] * side, np.fft.rfftfreq(shape[1]) * side
+        along = right * math.cos(self.angle) + down * math.sin(self.angle)
+        across = down * math.cos(self.angle) - right * math.sin(self.angle)
+        frequency = np.hypot(along * self.stretch**0.5, across / self.stretch**0.5) + 1e-3
+        grain = noise(rng, shape, (frequency**2 + self.scale**2) ** (-self.roughness / 2))
+        if self.kind == "Other":
+            return grain
+        if self.kind == "Amphibian":
+            field = self._cells(rng, shape, side) + 0.35 * grain
+        else:
+            width = {"Aquatic": 0.4, "Terrestrial": 0.55, "Flying": 0.3}[self.kind]
+            band = noise(rng, shape, np.exp(-0.5 * (np.log(frequency / self.scale) / width) ** 2))
+            field = (-np.abs(band) if self.kind == "Terrestrial" else np.tanh(1.8 * band)) + 0.35 * grain
+        return (field - field.mean()) / field.std()
+
+    def _cells(self, rng: np.random.Generator, shape: tuple[int, int], side: int) -> np.ndarray:
+        """Pebbles: every point belongs to the nearest of random centres, seams are dark."""
+        rows, columns = np.mgrid[: shape[0], : shape[1]].reshape(2, -1) / side
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        places = np.stack([(columns * c + rows * s) / self.stretch**0.5, (rows * c - columns * s) * self.stretch**0.5], 1)
+        low, high = places.min(0) - 1 / self.scale, places.max(0) + 1 / self.scale
+        number = int(np.prod(high - low) * self.scale**2)
+        near, which = cKDTree(rng.uniform(low, high, (number, 2))).query(places, k=2)
+        seam = np.tanh(4 * self.scale * (near[:, 1] - near[:, 0]))
+        return (seam * 1.6 + 0.5 * rng.standard_normal(number)[which[:, 0]]).reshape(shape)
+
+
+def draw_texture(kind: str, rng: np.random.Generator) -> Texture:
+    scale = {"Aquatic": 9, "Terrestrial": 7, "Flying": 9, "Amphibian": 12, "Other": 6}[kind] * math.exp(rng.normal(0, 0.12))
+    stretch = {"Aquatic": 1.3, "Terrestrial": 3.0, "Flying": 3.5, "Amphibian": 1.3, "Other": 1.8}[kind]
+    stretch = 1 + (stretch - 1) * rng.uniform(0.6, 1.4)
+    return Texture(kind, scale, rng.uniform(0, math.pi), stretch, rng.uniform(1.8, 2.6))
+
+
+def draw_body(
+    rng: np.random.Generator, size: tuple[int, int], share: float, elongation: float, bumpiness: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A body seen from above that covers this share of the picture: how opaque it is and how high, both (H, W) in [0, 1].
+
+    Its outline is an ellipse with waves, that is, one closed curve around one point.
+    """
+    height, width = size
+    longest = math.sqrt(share * height * width * elongation / math.pi)
+    row, column = (rng.uniform(min(longest, side / 2), max(side - longest, side / 2)) for side in size)
+    turn = rng.uniform(0, 2 * math.pi)
+    down, right = np.arange(height)[:, None] - row, np.arange(width) - column
+    u = (right * math.cos(turn) + down * math.sin(turn)) / elongation**0.5
+    v = (down * math.cos(turn) - right * math.sin(turn)) * elongation**0.5
+    around, waves = np.arctan2(v, u), np.arange(2, 7)[:, None, None]
+    bumps = rng.normal(0, bumpiness / waves) * np.cos(waves * around - rng.uniform(0, 2 * math.pi, waves.shape))
+    distance = np.hypot(u, v) / np.exp(bumps.sum(0))
+    radius = np.quantile(distance, share)
+    alpha = 1 / (1 + np.exp(np.clip(2.5 * (distance - radius), -50, 50)))
+    return alpha, np.sqrt(np.clip(1 - (distance / radius) ** 2, 0, 1))
+
+
+def transplant(texture: np.ndarray, ground: np.ndarray, where: np.ndarray, side: int) -> np.ndarray:
+    """`texture` with the local means of `ground`, and with its histogram of deviations from them over `where`.
+
+    No threshold on a colour tells the two apart: what is left is how the same values are arranged.
+    """
+    sigma = side / 16
+    means = gaussian_filter(ground, sigma)
+    own, hidden = texture - gaussian_filter(texture, sigma), ground - means
+    return means + np.interp(own, np.sort(own[where]), np.sort(hidden[where]))
+
+
+def draw_palette(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """(4, 3) sRGB in [0, 1], dark to light."""
+    colours = PALETTES[kind][rng.integers(len(PALETTES[kind]))]
+    palette = np.array([[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in colours]) / 255
+    return palette * rng.uniform(0.9, 1.1, 3) * rng.uniform(0.85, 1.15)
+
+
+def make_picture(
+    part: str, index: int, *, camouflaged: bool, seed: int, size: int, difficulty: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, float, str]:
+    """Picture `index` of a part: image (H, W, 3) uint8, mask (H, W) bool, level, and its class as in COD10K's names."""
+    rng = np.random.default_rng([seed, PARTS.index(part), int(camouflaged), index])
+    kind = list(SUPER_CLASSES)[rng.integers(len(SUPER_CLASSES))]
+    number, name, elongation, bumpiness = SUPER_CLASSES[kind][rng.integers(len(SUPER_CLASSES[kind]))]
+    shape = round(size * rng.uniform(0.92, 1.17)), round(size * rng.uniform(1.0, 1.33))
+    level = rng.uniform(*difficulty)
+    body = lambda share: draw_body(rng, shape, share, elongation * math.exp(rng.normal(0, 0.15)), bumpiness)  # noqa: E731
+
+    ground = draw_texture(kind, rng)
+    alpha, height = body(math.exp(rng.uniform(*np.log(AREA))))
+    where = alpha > 0.5
+    if rng.random() < 0.3:  # something lies on the object: up to a quarter of it is hidden
+        litter = draw_texture(kind, rng)
+        litter = replace(litter, scale=litter.scale / 2, roughness=4.0).field(rng, shape, size)
+        alpha = alpha / (1 + np.exp(6 * (litter - np.quantile(litter[where], rng.uniform(0.75, 0.95)))))
+    layers = []
+    other = ground.changed(level, rng)
+    for _ in range(2):  # brightness along the palette, and how the two halves of it mix
+        field = ground.field(rng, shape, size)
+        if camouflaged:
+            field = field + alpha * (transplant(other.field(rng, shape, size), field, where, size) - field)
+        layers.append(field)
+    light = np.ones(shape)
+    light_from = rng.uniform(0, 2 * math.pi)
+    bumps = [(height, where)] if camouflaged else []
+    if rng.random() < 0.5:
+        bumps.append(body(math.exp(rng.uniform(*np.log(AREA)))))
+    for height, _ in bumps:
+        smooth = gaussian_filter(height, size / 48)
+        slope = np.gradient(smooth, axis=0) * math.sin(light_from) + np.gradient(smooth, axis=1) * math.cos(light_from)
+        light += SHADING * slope / np.abs(slope).max()
+    wide = noise(rng, shape, (np.hypot(*np.meshgrid(np.fft.rfftfreq(shape[1]), np.fft.fftfreq(shape[0]))) * size + 1) ** -3.0)
+    light *= 1 + 0.1 * wide
+    first, second = draw_palette(kind, rng), draw_palette(kind, rng)
+    place = 1.5 + 0.75 * layers[0]
+    mix = 1 / (1 + np.exp(-layers[1]))[..., None]
+    along = np.arange(4)
+    colours = [np.stack([np.interp(place, along, palette[:, k]) for k in range(3)], -1) for palette in (first, second)]
+    image = (colours[0] + 0.7 * mix * (colours[1] - colours[0])) * light[..., None]
+    image = image + rng.normal(0, 0.012, image.shape)
+    mask = alpha > 0.5 if camouflaged else np.zeros(shape, bool)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), mask, level, f"{1 + list(SUPER_CLASSES).index(kind)}-{kind}-{number}-{name}"
