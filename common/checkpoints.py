@@ -355,11 +355,12 @@ class RunFolder:
 
     def _remedy(self, key: str, theirs: object) -> str:
         processes = self.accelerator.num_processes
-        if key != "samples per step" or not isinstance(theirs, int):
+        named = {"samples per step": "--batch-size", "samples per step of stage 2": "--stage2-batch-size"}.get(key)
+        if not named or not isinstance(theirs, int):
             return f" Restore {key}, or choose another --output-dir."
         if theirs % processes:
             return f" {theirs} cannot be divided among {processes} processes; launch a number that divides it."
         share = theirs // processes
         batch = max(b for b in range(1, share + 1) if share % b == 0 and b <= max(self.config.batch_size, 1))
         plural = "es" if processes > 1 else ""
-        return f" With {processes} process{plural} pass --batch-size {batch} --accumulation-steps {share // batch}."
+        return f" With {processes} process{plural} pass {named} {batch} --accumulation-steps {share // batch}."

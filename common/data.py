@@ -38,7 +38,9 @@ class StepSampler(Sampler):
         *,
         costs: np.ndarray | None = None,
         budget: float | None = None,
+        first_epoch: int = 0,
     ):
+        self.first_epoch = first_epoch  # of a later stage, whose steps are counted from 0
         self.size, self.seed, self.costs = size, config.seed, costs
         self.parts = config.accumulation_steps * accelerator.num_processes
         self.processes, self.rank, self.accumulation = (
@@ -64,7 +66,7 @@ class StepSampler(Sampler):
         """The indices of all samples of one optimizer step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            order = np.random.default_rng([self.seed, self.first_epoch + epoch]).permutation(self.size)
             if self.cost_per_step is None:
                 order = order[: self.steps_per_epoch * self.samples_per_step]
                 self._batches = np.split(order, self.steps_per_epoch)
@@ -106,7 +108,7 @@ class StepSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.total_steps):
-            epoch = step // self.steps_per_epoch
+            epoch = self.first_epoch + step // self.steps_per_epoch
             for part in self.micro_batches(step)[self.rank :: self.processes]:
                 yield [(epoch, int(index)) for index in part]
 

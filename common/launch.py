@@ -104,6 +104,13 @@ def _note(number: int, frame: object) -> None:
     _signals.append(number)
 
 
+def stop_after(hours: float) -> None:
+    """A time limit acts as a signal does: save and leave at the end of a step."""
+    if hours:
+        signal.signal(signal.SIGALRM, _note)
+        signal.setitimer(signal.ITIMER_REAL, hours * 3600)
+
+
 def stop_requested() -> bool:
     """Has this process been asked to stop? Act on it only through `agree`, so that all ranks stop at the same step."""
     return bool(_signals)

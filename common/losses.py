@@ -228,3 +228,30 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
 def code_loss(prediction: Tensor, code: Tensor) -> Tensor:
     """1 - cosine. Norms below 0.01 count as 0.01: a head that starts at zero gets a gradient of 100, not of 1e8."""
     return 1 - F.cosine_similarity(prediction, code, dim=1, eps=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segmentation: logits and masks (B, H, W)
+
+
+@in_float32
+def structure_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy and 1 - IoU, both weighted by how much a pixel differs from its 31 x 31 surroundings (F3Net, Wei et al.
+    2020), so that outlines and thin parts count."""
+    around = F.avg_pool2d(F.avg_pool2d(mask[:, None], (31, 1), 1, (15, 0)), (1, 31), 1, (0, 15))[:, 0]
+    weight = 1 + 5 * (around - mask).abs()
+    entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
+    answer = logits.sigmoid()
+    inside, either = ((weight * part).flatten(1).sum(1) for part in (answer * mask, answer + mask - answer * mask))
+    return per_sample(weight * entropy) / per_sample(weight) + 1 - (inside + 1) / (either + 1)
+
+
+@in_float32
+def edge_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy and 1 - Dice against the mask's outline, three pixels wide."""
+    padded = mask[:, None]
+    outline = (F.max_pool2d(padded, 3, 1, 1) + F.max_pool2d(-padded, 3, 1, 1))[:, 0]
+    entropy = F.binary_cross_entropy_with_logits(logits, outline, reduction="none")
+    answer = logits.sigmoid()
+    both, total = (answer * outline).flatten(1).sum(1), (answer + outline).flatten(1).sum(1)
+    return per_sample(entropy) + 1 - (2 * both + 1) / (total + 1)

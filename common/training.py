@@ -175,6 +175,14 @@ def check_replicas(accelerator: Accelerator, module: nn.Module, where: str) -> N
         )
 
 
+def rewrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Prepare a model again after parameters were frozen or thawed. DDP reads `requires_grad` when it is built: what thaws
+    later is never averaged, and the replicas drift apart without a word."""
+    raw = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator._models.clear()
+    return accelerator.prepare_model(raw)
+
+
 @dataclass
 class Rule:
     """What counts as better for one metric."""

@@ -153,8 +153,10 @@ class Config(RunConfig):
                 raise ValueError(f"--img-size and --progressive-sizes: {size} is too small, give 32 or more.")
         if self.tile_size < 128 or self.tile_size % 8:
             raise ValueError(f"--tile-size {self.tile_size}: give a multiple of 8 from 128 on.")
-        if 4 * self.width % self.heads:
-            raise ValueError(f"4 x --width {self.width} channels must be a multiple of --heads {self.heads}.")
+        if min(self.width, self.heads) < 1 or 4 * self.width % self.heads:
+            raise ValueError(f"4 x --width {self.width} channels must be a positive multiple of --heads {self.heads}.")
+        if min(*self.blocks, self.attn_chunk_size) < 0:
+            raise ValueError("--blocks and --attn-chunk-size: give 0 or more.")
         if not 0 <= self.mask_dropout <= 1:
             raise ValueError(f"--mask-dropout is {self.mask_dropout}: give a share between 0 and 1.")
         if self.val_images < 1 or self.test_images < 1:

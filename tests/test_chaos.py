@@ -1,4 +1,6 @@
-"""A run that is killed again and again ends as the run that was not: same losses, weights and averages, to the bit."""
+"""A run that is killed again and again ends as the run that was not: same losses, weights and averages, to the bit.
+
+Each script is interrupted twenty times in all."""
 
 import os
 import random
@@ -37,8 +39,8 @@ def jobs(sets, water):
         *("--img-size", 32, "--width", 8, "--blocks", 1, 1, 2, "--heads", 4, "--perceptual-weight", 0),
     )
     return {
-        "quantumgrav": Job(ROOT / "scripts" / "train_quantumgrav.py", causal, 8, (3, 25)),
-        "student": Job(ROOT / "scripts" / "train_student.py", student, 4, (1, 5)),
+        "quantumgrav": Job(ROOT / "scripts" / "train_quantumgrav.py", causal, 8, (3, 15)),
+        "student": Job(ROOT / "scripts" / "train_student.py", student, 4, (1, 4)),
     }
 
 
@@ -101,7 +103,7 @@ def torment(job: Job, folder: Path, worlds: tuple[int, ...], *, seed: int, least
         assert not launch.wait_gone(), f"left over after {strikes[-1]}: {launch.members()}\n{launch.output()}"
         if (folder / "DONE").exists():
             print(strikes)
-            assert sum(how is not None for how in strikes) >= least - 1, strikes
+            assert len(strikes) == least and None not in strikes, strikes
             return
     raise AssertionError(f"never finished: {strikes}\n{launch.output()}")
 
@@ -110,17 +112,17 @@ def torment(job: Job, folder: Path, worlds: tuple[int, ...], *, seed: int, least
 @pytest.mark.parametrize(
     ("name", "processes", "via", "least"),
     [
-        *(("quantumgrav", 1, None, 7), ("quantumgrav", 2, None, 7), ("quantumgrav", 2, "accelerate", 4)),
-        *(("student", 1, None, 10), ("student", 2, None, 8), ("student", 2, "accelerate", 5)),
+        *(("quantumgrav", 1, None, 7), ("quantumgrav", 2, None, 6), ("quantumgrav", 2, "accelerate", 3)),
+        *(("student", 1, None, 8), ("student", 2, None, 8), ("student", 2, "accelerate", 4)),
     ],
 )
 def test_a_tormented_run_equals_an_undisturbed_one(jobs, golden, tmp_path, name, processes, via, least):
-    torment(jobs[name], tmp_path / "run", (processes,), seed=processes + least, least=least, via=via)
+    torment(jobs[name], tmp_path / "run", (processes,), seed=10 * processes + least, least=least, via=via)
     assert_same_run(tmp_path / "run", golden(name, processes))
 
 
 @pytest.mark.slow
 def test_the_number_of_processes_may_change_between_attempts(jobs, golden, tmp_path):
     """1, 2 or 4 processes: the sum over ranks is taken in another order, so a few units in the last place differ."""
-    torment(jobs["quantumgrav"], tmp_path / "run", (1, 2, 4), seed=3, least=5)
+    torment(jobs["quantumgrav"], tmp_path / "run", (1, 2, 4), seed=3, least=4)
     assert_same_run(tmp_path / "run", golden("quantumgrav", 1), rtol=2e-3, atol=2e-4)

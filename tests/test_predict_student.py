@@ -313,14 +313,14 @@ def test_onnx_gives_the_same_image_at_any_size(folder, model, tmp_path):
 
 
 def test_onnx_says_which_packages_are_missing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr("common.predict.find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(UserError, match="--onnx needs `pip install onnxscript`"):
         predict.main(predict.Config(folder, onnx=tmp_path / "student.onnx"))
 
 
 @pytest.mark.slow
 def test_onnx_that_differs_is_not_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "PARITY", 0.0)
+    monkeypatch.setattr("common.predict.PARITY", 0.0)
     with pytest.raises(UserError, match="differs from PyTorch by"):
         predict.main(predict.Config(folder, onnx=tmp_path / "student.onnx"))
     assert not list(tmp_path.iterdir())

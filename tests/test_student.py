@@ -289,6 +289,16 @@ def test_bad_folders_are_sentences(copy, harm, flags, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [{"heads": 0}, {"heads": 5}, {"width": 0}, {"blocks": (1, -1, 1)}, {"attn_chunk_size": -1}, {"img_size": 16}],
+)
+def test_bad_numbers_are_sentences(flags):
+    """ValueErrors of the config, which the command line prints as one."""
+    with pytest.raises(ValueError, match=f"--{next(iter(flags)).replace('_', '-')}"):
+        small(**flags)
+
+
 def test_labels_of_another_size_are_used_and_an_odd_number_of_classes_is_left_out_by_name(copy, caplog):
     caplog.set_level(logging.INFO, "run")
     stems = prepare(copy).train.pairs.stems
@@ -522,6 +532,19 @@ def test_chunked_attention_is_the_fused_one(chunk):
         assert torch.allclose(mine, fused, atol=1e-6)
 
 
+def kept_for_backward(call) -> tuple[Tensor, int]:
+    """What it returns, and how many numbers autograd keeps meanwhile."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    return output, sum(kept.values())
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that any tensor had, forward and backward."""
 
@@ -540,18 +563,11 @@ def test_memory_of_attention_falls_with_the_chunk_size():
     places, heads = 256, 2
 
     def cost(attention) -> tuple[int, int]:
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
-            return tensor
-
         inputs = [torch.randn(1, heads, places, 4).requires_grad_() for _ in range(3)]
         with Largest() as largest:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                output = attention(*inputs)
+            output, kept = kept_for_backward(lambda: attention(*inputs))
             output.sum().backward()
-        return sum(kept.values()), largest.numbers
+        return kept, largest.numbers
 
     whole_kept, whole_largest = cost(job.attend)
     assert whole_largest == heads * places**2 <= whole_kept
@@ -561,6 +577,15 @@ def test_memory_of_attention_falls_with_the_chunk_size():
         assert kept < whole_kept / 10
         largest.append(most)
     assert largest == [heads * chunk * places for chunk in (128, 64, 16)]
+
+
+def test_gradient_checkpointing_keeps_less():
+    images = random_images(1, 64, 64)
+    kept = [
+        kept_for_backward(lambda model=model: model(images)[0])[1]
+        for model in (experienced(blocks=(2, 2, 2), gradient_checkpointing=recompute) for recompute in (False, True))
+    ]
+    assert kept[1] < kept[0] / 2
 
 
 def test_compiled_training_is_nearly_the_same():

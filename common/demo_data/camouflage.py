@@ -25,6 +25,7 @@ import secrets
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -37,7 +38,7 @@ from common.cli import UserError, sentences
 # (number in COD10K, name, elongation, bumpiness of the outline)
 SUPER_CLASSES: dict[str, tuple[tuple[int, str, float, float], ...]] = {
     "Aquatic": ((3, "Crab", 1.2, 0.6), (6, "Fish", 1.9, 0.3)),
-    "Terrestrial": ((23, "Cat", 1.5, 0.4), (46, "StickInsect", 3.5, 0.2)),
+    "Terrestrial": ((23, "Cat", 1.5, 0.4), (46, "StickInsect", 3.0, 0.2)),
     "Flying": ((55, "Butterfly", 1.2, 0.7), (65, "Owl", 1.5, 0.2)),
     "Amphibian": ((67, "Frog", 1.2, 0.5), (68, "Toad", 1.4, 0.3)),
     "Other": ((69, "Other", 1.6, 0.4),),
@@ -70,11 +71,14 @@ PALETTES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("#2a3030", "#5d6a64", "#97a091", "#d3d6bf"),  # lichen
     ),
 }
+# Mean scale and stretch of its textures, see Texture: mottled, fibrous, striped, pebbly, cloudy.
+GROUNDS = {"Aquatic": (9, 1.3), "Terrestrial": (7, 3.0), "Flying": (9, 3.5), "Amphibian": (15, 1.3), "Other": (8, 1.8)}
 PARTS = ("train", "test")
 ODD_MASK = 40  # pictures 5, 45, 85, ... of a part
 JPEG_QUALITY = 95
-AREA = (0.04, 0.25)  # of the object
-SHADING = 0.08
+SHARE = (0.06, 0.3)  # of the picture that an object covers, log-uniform
+SHADING = 0.12  # how much brighter and darker the sides of a bump are
+DIFFICULTY = (0.5, 1.0)
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], envelope: np.ndarray) -> np.ndarray:
@@ -95,10 +99,11 @@ class Texture:
 
     def changed(self, level: float, rng: np.random.Generator) -> Texture:
         """The texture of an object on this ground: as different as `level`, in a direction that is drawn."""
-        finer, longer, rougher = rng.choice([-1, 1], 3)
+        finer = rng.choice([-1, 1], p=[0.25, 0.75])  # an animal is mostly smaller than what it lies on
+        longer, rougher = rng.choice([-1, 1], 2)
         return replace(
             self,
-            scale=self.scale * math.exp(finer * 0.55 * level),
+            scale=self.scale * math.exp(finer * 0.7 * level),
             angle=self.angle + rng.choice([-1, 1]) * rng.uniform(0.6, 1.4) * level,
             stretch=self.stretch * math.exp(longer * 0.35 * level),
             roughness=self.roughness + rougher * 0.5 * level,
@@ -109,14 +114,14 @@ class Texture:
         down, right = np.fft.fftfreq(shape[0])[:, None] * side, np.fft.rfftfreq(shape[1]) * side
         along = right * math.cos(self.angle) + down * math.sin(self.angle)
         across = down * math.cos(self.angle) - right * math.sin(self.angle)
-        frequency = np.hypot(along * self.stretch**0.5, across / self.stretch**0.5) + 1e-3
+        frequency = np.hypot(along * self.stretch**0.5, across / self.stretch**0.5) + 1e-3  # 0 has no logarithm
         grain = noise(rng, shape, (frequency**2 + self.scale**2) ** (-self.roughness / 2))
-        if self.kind == "Other":
+        if self.kind == "Other":  # a power law only
             return grain
         if self.kind == "Amphibian":
             field = self._cells(rng, shape, side) + 0.35 * grain
         else:
-            width = {"Aquatic": 0.4, "Terrestrial": 0.55, "Flying": 0.3}[self.kind]
+            width = {"Aquatic": 0.4, "Terrestrial": 0.55, "Flying": 0.3}[self.kind]  # of the band, in e-foldings
             band = noise(rng, shape, np.exp(-0.5 * (np.log(frequency / self.scale) / width) ** 2))
             field = (-np.abs(band) if self.kind == "Terrestrial" else np.tanh(1.8 * band)) + 0.35 * grain
         return (field - field.mean()) / field.std()
@@ -134,8 +139,8 @@ class Texture:
 
 
 def draw_texture(kind: str, rng: np.random.Generator) -> Texture:
-    scale = {"Aquatic": 9, "Terrestrial": 7, "Flying": 9, "Amphibian": 12, "Other": 6}[kind] * math.exp(rng.normal(0, 0.12))
-    stretch = {"Aquatic": 1.3, "Terrestrial": 3.0, "Flying": 3.5, "Amphibian": 1.3, "Other": 1.8}[kind]
+    scale, stretch = GROUNDS[kind]
+    scale *= math.exp(rng.normal(0, 0.12))
     stretch = 1 + (stretch - 1) * rng.uniform(0.6, 1.4)
     return Texture(kind, scale, rng.uniform(0, math.pi), stretch, rng.uniform(1.8, 2.6))
 
@@ -148,8 +153,8 @@ def draw_body(
     Its outline is an ellipse with waves, that is, one closed curve around one point.
     """
     height, width = size
-    longest = math.sqrt(share * height * width * elongation / math.pi)
-    row, column = (rng.uniform(min(longest, side / 2), max(side - longest, side / 2)) for side in size)
+    margin = 0.5 * math.sqrt(share * height * width * elongation / math.pi)
+    row, column = (rng.uniform(min(margin, side / 2), max(side - margin, side / 2)) for side in size)
     turn = rng.uniform(0, 2 * math.pi)
     down, right = np.arange(height)[:, None] - row, np.arange(width) - column
     u = (right * math.cos(turn) + down * math.sin(turn)) / elongation**0.5
@@ -180,48 +185,145 @@ def draw_palette(kind: str, rng: np.random.Generator) -> np.ndarray:
     return palette * rng.uniform(0.9, 1.1, 3) * rng.uniform(0.85, 1.15)
 
 
+class Picture(NamedTuple):
+    image: np.ndarray  # (H, W, 3) uint8
+    mask: np.ndarray  # (H, W) bool
+    level: float
+    label: str  # super-class and sub-class as names of COD10K have them: 1-Aquatic-3-Crab
+
+
 def make_picture(
-    part: str, index: int, *, camouflaged: bool, seed: int, size: int, difficulty: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray, float, str]:
-    """Picture `index` of a part: image (H, W, 3) uint8, mask (H, W) bool, level, and its class as in COD10K's names."""
+    part: str, index: int, *, camouflaged: bool, seed: int, size: int = 96, difficulty: tuple[float, float] = DIFFICULTY
+) -> Picture:
+    """Picture `index` of a part. One that is not camouflaged has no object, an empty mask, and a level without meaning."""
     rng = np.random.default_rng([seed, PARTS.index(part), int(camouflaged), index])
     kind = list(SUPER_CLASSES)[rng.integers(len(SUPER_CLASSES))]
     number, name, elongation, bumpiness = SUPER_CLASSES[kind][rng.integers(len(SUPER_CLASSES[kind]))]
     shape = round(size * rng.uniform(0.92, 1.17)), round(size * rng.uniform(1.0, 1.33))
     level = rng.uniform(*difficulty)
-    body = lambda share: draw_body(rng, shape, share, elongation * math.exp(rng.normal(0, 0.15)), bumpiness)  # noqa: E731
-
-    ground = draw_texture(kind, rng)
-    alpha, height = body(math.exp(rng.uniform(*np.log(AREA))))
-    where = alpha > 0.5
-    if rng.random() < 0.3:  # something lies on the object: up to a quarter of it is hidden
+    (alpha, height), decoy = (
+        draw_body(rng, shape, math.exp(rng.uniform(*np.log(SHARE))), elongation, bumpiness) for _ in range(2)
+    )
+    body = alpha > 0.5
+    if rng.random() < 0.3:  # a little of the ground lies on the object, in flat pieces
         litter = draw_texture(kind, rng)
         litter = replace(litter, scale=litter.scale / 2, roughness=4.0).field(rng, shape, size)
-        alpha = alpha / (1 + np.exp(6 * (litter - np.quantile(litter[where], rng.uniform(0.75, 0.95)))))
-    layers = []
-    other = ground.changed(level, rng)
-    for _ in range(2):  # brightness along the palette, and how the two halves of it mix
+        alpha = alpha / (1 + np.exp(6 * (litter - np.quantile(litter[body], rng.uniform(0.75, 0.95)))))
+
+    ground = draw_texture(kind, rng)
+    own = rng.spawn(1)[0]  # so that the level changes nothing but the object
+    skin = ground.changed(level, own)
+    fields = []
+    for _ in range(2):
         field = ground.field(rng, shape, size)
         if camouflaged:
-            field = field + alpha * (transplant(other.field(rng, shape, size), field, where, size) - field)
-        layers.append(field)
-    light = np.ones(shape)
-    light_from = rng.uniform(0, 2 * math.pi)
-    bumps = [(height, where)] if camouflaged else []
-    if rng.random() < 0.5:
-        bumps.append(body(math.exp(rng.uniform(*np.log(AREA)))))
-    for height, _ in bumps:
-        smooth = gaussian_filter(height, size / 48)
-        slope = np.gradient(smooth, axis=0) * math.sin(light_from) + np.gradient(smooth, axis=1) * math.cos(light_from)
+            field = field + alpha * (transplant(skin.field(own, shape, size), field, body, size) - field)
+        fields.append(field)
+    # The first field is brightness, the second how two palettes of this ground mix.
+    first, second = (_colours(1.5 + 0.75 * fields[0], draw_palette(kind, rng)) for _ in range(2))
+    image = first + 0.7 / (1 + np.exp(-fields[1]))[..., None] * (second - first)
+
+    down, right = np.fft.fftfreq(shape[0])[:, None] * size, np.fft.rfftfreq(shape[1]) * size
+    light = 1 + 0.1 * noise(rng, shape, (np.hypot(down, right) + 1) ** -3)
+    bumps = [height] * camouflaged + [decoy[1]] * int(rng.integers(2))
+    direction = rng.uniform(0, 2 * math.pi)
+    for bump in bumps:
+        across, along = np.gradient(gaussian_filter(bump, size / 48))
+        slope = across * math.sin(direction) + along * math.cos(direction)
         light += SHADING * slope / np.abs(slope).max()
-    wide = noise(rng, shape, (np.hypot(*np.meshgrid(np.fft.rfftfreq(shape[1]), np.fft.fftfreq(shape[0]))) * size + 1) ** -3.0)
-    light *= 1 + 0.1 * wide
-    first, second = draw_palette(kind, rng), draw_palette(kind, rng)
-    place = 1.5 + 0.75 * layers[0]
-    mix = 1 / (1 + np.exp(-layers[1]))[..., None]
-    along = np.arange(4)
-    colours = [np.stack([np.interp(place, along, palette[:, k]) for k in range(3)], -1) for palette in (first, second)]
-    image = (colours[0] + 0.7 * mix * (colours[1] - colours[0])) * light[..., None]
-    image = image + rng.normal(0, 0.012, image.shape)
+    image = image * light[..., None] + rng.normal(0, 0.012, image.shape)
+    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     mask = alpha > 0.5 if camouflaged else np.zeros(shape, bool)
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), mask, level, f"{1 + list(SUPER_CLASSES).index(kind)}-{kind}-{number}-{name}"
+    return Picture(pixels, mask, level, f"{1 + list(SUPER_CLASSES).index(kind)}-{kind}-{number}-{name}")
+
+
+def _colours(place: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """(H, W, 3): the colour at this place in a palette, 0 the first, 3 the last."""
+    return np.stack([np.interp(place, np.arange(len(palette)), channel) for channel in palette.T], -1)
+
+
+def write(
+    folder: str | Path,
+    train: int = 400,
+    *,
+    test: int = 80,
+    noncam: float = 0.25,
+    seed: int = 0,
+    size: int = 96,
+    difficulty: tuple[float, float] = DIFFICULTY,
+    progress: bool = True,
+) -> None:
+    """Make the folder: `train` and `test` pictures with an object, and that share of them again without one.
+
+    It appears when it is complete: a run that was killed leaves nothing that looks like a data set.
+    """
+    folder = Path(folder).absolute()
+    low, high = difficulty
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another --out or delete it first.")
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--difficulty is {low:g} {high:g}: give the lowest and the highest level, between 0 and 1.")
+    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
+    counts = {"train": train, "test": test}
+    numbers = {True: 0, False: 0}  # as in COD10K, no number occurs in both parts
+    levels = []
+    try:
+        (partial / "Info").mkdir(parents=True)
+        total = sum(count + round(count * noncam) for count in counts.values())
+        with tqdm(total=total, desc="camouflage", unit=" pictures", disable=not progress) as bar:
+            for part, count in counts.items():
+                for kind in ("Image", "GT_Object", "GT_Edge"):
+                    (partial / part.title() / kind).mkdir(parents=True)
+                for camouflaged, group in ((True, "CAM"), (False, "NonCAM")):
+                    names = []
+                    for index in range(count if camouflaged else round(count * noncam)):
+                        settings = dict(seed=seed, size=size, difficulty=difficulty)
+                        picture = make_picture(part, index, camouflaged=camouflaged, **settings)
+                        numbers[camouflaged] += 1
+                        names.append(f"COD10K-{group}-{picture.label}-{numbers[camouflaged]}")
+                        _save(partial / part.title(), names[-1], picture, twice=index % ODD_MASK == 5)
+                        if camouflaged:
+                            levels.append((names[-1], f"{picture.level:.4f}"))
+                        bar.update()
+                    (partial / "Info" / f"{group}_{part}.txt").write_text("".join(f"{name}.jpg\n" for name in names))
+        with open(partial / "Info" / "difficulty.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("name", "level"), *levels])
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _save(folder: Path, name: str, picture: Picture, twice: bool) -> None:
+    mask = np.kron(picture.mask, np.ones((2, 2), bool)) if twice else picture.mask
+    Image.fromarray(picture.image).save(folder / "Image" / f"{name}.jpg", quality=JPEG_QUALITY)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "GT_Object" / f"{name}.png")
+    edge = mask & ~binary_erosion(mask, np.ones((3, 3), bool), border_value=1)
+    Image.fromarray(edge.astype(np.uint8) * 255).save(folder / "GT_Edge" / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--train", type=int, default=400, help="camouflaged pictures to train on")
+    parser.add_argument("--test", type=int, default=80, help="camouflaged pictures held out")
+    parser.add_argument("--noncam", type=float, default=0.25, help="pictures without object, as a share of the others")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=96, help="nominal side; pictures are 0.92 to 1.33 times as large")
+    parser.add_argument(
+        "--difficulty",
+        type=float,
+        nargs=2,
+        default=DIFFICULTY,
+        metavar=("LOW", "HIGH"),
+        help="range of levels, drawn evenly: how much the texture of an object differs, 0 invisible, 1 plain to see",
+    )
+    flags = vars(parser.parse_args())
+    folder = flags.pop("out")
+    with sentences(last=False):
+        write(folder, flags.pop("train"), difficulty=tuple(flags.pop("difficulty")), **flags)
+    print(f"{folder}: made")
+
+
+if __name__ == "__main__":
+    main()
