@@ -207,7 +207,7 @@ def export_onnx(
     path: Path, graph: nn.Module, example: Tensor, images: Sequence[Tensor], truth: Callable[[Tensor], Tensor], output: str,
     sizes: dict[int, object] | None = None,
 ) -> None:  # fmt: skip
-    """`graph`, traced with an example, as a file; kept when it gives the truth of some images. Dimensions in `sizes` vary."""
+    """`graph`, traced with an example, as a file that is kept when it gives the truth of `images`; `sizes` may vary."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx needs `pip install {' '.join(missing)}`.")

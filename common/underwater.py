@@ -165,7 +165,9 @@ def _input(folder: Path) -> Path:
 
 def _draw(pairs: ImageSet, count: int, seed: list[int], names: tuple[str, str], what: str) -> tuple[ImageSet, ImageSet]:
     if not 1 <= count < len(pairs):
-        raise UserError(f"{what} takes {count} of the {len(pairs)} pairs of {pairs.name}: take 1 or more and leave some.")
+        raise UserError(
+            f"{what} takes {count} of the {len(pairs)} pairs of {pairs.name}: take fewer, so that some are left."
+        )
     stems = sorted(pairs.stems)
     drawn = {stems[i] for i in np.random.default_rng(seed).permutation(len(stems))[:count]}
     return pairs.subset(set(stems) - drawn, names[0]), pairs.subset(drawn, names[1])
@@ -176,7 +178,7 @@ def take_split(pairs: ImageSet, split: str, count: int) -> tuple[ImageSet, Image
     per line, with or without folder and suffix; # starts a comment."""
     names = (pairs.name, f"{pairs.name}-test")
     if re.fullmatch(r"seed:\d+", split):
-        return _draw(pairs, count, [int(split[5:]), 0x7E57], names, f"--split {split}")
+        return _draw(pairs, count, [int(split[5:]), 0x7E57], names, f"--split {split} with --test-images")
     try:
         lines = Path(split).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -209,7 +211,7 @@ def take_split(pairs: ImageSet, split: str, count: int) -> tuple[ImageSet, Image
 
 def take_validation(pairs: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
     """(rest, validation): the best checkpoint is chosen on images that are neither trained on nor tested."""
-    return _draw(pairs, count, [seed, 0x7A1], (pairs.name, f"{pairs.name}-val"), "The validation set")
+    return _draw(pairs, count, [seed, 0x7A1], (pairs.name, f"{pairs.name}-val"), "--val-images")
 
 
 def split_hash(images: ImageSet) -> str:
@@ -381,6 +383,7 @@ class Audit:
     findings: dict[str, list[str]]
     reasons: list[str]
     usable: dict[str, Path]
+    with_probs: set[str]
 
     def lines(self) -> list[str]:
         code = "no code" if self.code_size is None else f"a code of {self.code_size} numbers"
@@ -405,13 +408,14 @@ def _faults(masks: np.ndarray) -> list[str]:
     return ["twins"] * bool(twins) + ["flat_mean"] * bool(np.ptp(flat.mean(0)) <= EQUAL)
 
 
-def _audit_one(path: Path) -> tuple[tuple[int, int | None] | None, list[str], str]:
-    """(K, D), the kinds of findings, and the reason where it cannot be read."""
+def _audit_one(path: Path) -> tuple[tuple[int, int | None] | None, list[str], str, bool]:
+    """(K, D), the kinds of findings, the reason where it cannot be read, and whether it has probabilities."""
     try:
         label = read_label(path)
     except UserError as error:
-        return None, ["malformed"], str(error)
-    return (len(label.masks), None if label.code is None else len(label.code)), _faults(label.masks), ""
+        return None, ["malformed"], str(error), False
+    shape = (len(label.masks), None if label.code is None else len(label.code))
+    return shape, _faults(label.masks), "", label.probs is not None
 
 
 def audit_labels(labels: dict[str, Path], images: ImageSet, accelerator: "Accelerator | None" = None) -> Audit:
@@ -421,13 +425,15 @@ def audit_labels(labels: dict[str, Path], images: ImageSet, accelerator: "Accele
     (classes, code_size), _ = shapes.most_common(1)[0] if shapes else ((0, None), 0)
     findings: dict[str, list[str]] = {kind: [] for kind in FINDINGS}
     for stem in images.stems:
-        shape, kinds, _ = audited[labels[stem]] if stem in labels else (None, ["missing"], "")
+        shape, kinds, *_ = audited[labels[stem]] if stem in labels else (None, ["missing"])
         for kind in kinds + ["odd"] * (shape not in (None, (classes, code_size))):
             findings[kind].append(stem)
     left_out = {stem for kind, stems in findings.items() if FINDINGS[kind][1] for stem in stems}
     usable = {stem: labels[stem] for stem in images.stems if stem not in left_out}
     reasons = [audited[labels[stem]][2] for stem in findings["malformed"]]
-    audit = Audit(len(images), classes, code_size, {k: v for k, v in findings.items() if v}, reasons, usable)
+    with_probs = {stem for stem, path in usable.items() if audited[path][3]}
+    kept = {kind: stems for kind, stems in findings.items() if stems}
+    audit = Audit(len(images), classes, code_size, kept, reasons, usable, with_probs)
     if not usable:
         raise UserError(
             f"No pseudo-label of {images.name} can teach anything. {'. '.join(audit.lines()[1:])}. Export them again, or"

@@ -14,6 +14,7 @@ Eight GPUs, with pseudo-labels and further test sets:
 import json
 import logging
 import math
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +87,7 @@ class Config(RunConfig):
     width: int = 56
     """Channels at half the image's size; twice and four times as many below."""
     blocks: tuple[int, int, int] = (4, 6, 4)
-    """Blocks per level."""
+    """Blocks per level; on the last one attention follows every second block."""
     heads: int = 8
     """Attention heads at an eighth of the image's size."""
     attn_chunk_size: int = 0
@@ -159,6 +160,9 @@ class Config(RunConfig):
             raise ValueError("--blocks and --attn-chunk-size: give 0 or more.")
         if not 0 <= self.mask_dropout <= 1:
             raise ValueError(f"--mask-dropout is {self.mask_dropout}: give a share between 0 and 1.")
+        for layer in self.perceptual_layers:
+            if not re.fullmatch(r"relu([12]_[12]|[345]_[1-4])", layer):
+                raise ValueError(f"--perceptual-layers {layer}: give layers of VGG19, relu1_1 to relu5_4.")
         if self.val_images < 1 or self.test_images < 1:
             raise ValueError("--val-images and --test-images: give 1 or more.")
 
@@ -204,16 +208,13 @@ def thumbnail(images: Tensor) -> Tensor:
 class Crops(torch.utils.data.Dataset):
     """Random crops of training pairs and of their labels, a function of (seed, epoch, index)."""
 
-    def __init__(self, pairs: underwater.ImageSet, labels: dict[str, Path], audit: underwater.Audit | None, config: Config):
+    def __init__(self, pairs: underwater.ImageSet, audit: underwater.Audit | None, config: Config):
         self.pairs, self.config, self.audit = pairs, config, audit
-        self.labels = [labels.get(stem) for stem in pairs.stems]
-        kinds = ("masks", "probs", "code")
-        self.known = {kind: np.zeros(len(pairs), bool) for kind in kinds}
-        for index, path in enumerate(self.labels):
-            if path:
-                label = underwater.read_label(path)
-                for kind in kinds:
-                    self.known[kind][index] = getattr(label, kind) is not None
+        self.labels = [audit.usable.get(stem) if audit else None for stem in pairs.stems]
+        labelled = np.array([path is not None for path in self.labels])
+        with_probs = np.array([audit is not None and stem in audit.with_probs for stem in pairs.stems])
+        with_code = audit is not None and audit.code_size is not None
+        self.known = {"masks": labelled, "probs": labelled & with_probs, "code": labelled & with_code}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -646,14 +647,14 @@ def prepare_data(config: Config, accelerator) -> Parts:
 
         data.made_by_main(accelerator, DEMO, partial(write, DEMO))
     pairs = underwater.find_pairs(config.train_root, "--train-root")
+    challenging = config.train_root / "challenging-60"  # UIEB's own images without a reference
+    roots = [(config.val_ref_root, "--val-ref-root", True), (config.val_nonref_root, "--val-nonref-root", False)]
+    roots += [(challenging if challenging.is_dir() else None, "--train-root", False)]
     found: dict[str, underwater.ImageSet] = {}
-    if config.val_ref_root:
-        found |= underwater.find_sets(config.val_ref_root, "--val-ref-root", reference=True)
-    if config.val_nonref_root:
-        further = underwater.find_sets(config.val_nonref_root, "--val-nonref-root", reference=False)
-        found |= {name if name not in found else f"{name}-nonref": images for name, images in further.items()}
-    if (config.train_root / "challenging-60").is_dir():  # UIEB's own images without a reference
-        found |= underwater.find_sets(config.train_root / "challenging-60", "--train-root", reference=False)
+    for root, named, reference in roots:
+        if root:
+            for name, images in underwater.find_sets(root, named, reference=reference).items():
+                found[name if name not in found else f"{name}-{len(found)}"] = images
     every = [pairs, *found.values()]
     inspections = inspect([path for images in every for path in images.files()], accelerator)
     pairs, *checked = (underwater.check_readable(images, inspections) for images in every)
@@ -673,11 +674,10 @@ def prepare_data(config: Config, accelerator) -> Parts:
         )
     underwater.check_overlap(pairs, tests, inspections, names=config.overlap_check == "names")
     train, val = underwater.take_validation(pairs, config.val_images, config.seed)
-    labels, audit = {}, None
+    audit = None
     if config.pseudo_root:
         labels = underwater.find_labels(config.pseudo_root, train)
         audit = underwater.audit_labels(labels, train, accelerator)
-        labels = audit.usable
         for line in audit.lines():
             logger.info("%s", line)
         for name in ("hf_mask", "lf_mask"):
@@ -688,7 +688,7 @@ def prepare_data(config: Config, accelerator) -> Parts:
     contents = sorted(inspections[path].digest for path in train.files())
     content = data.fingerprint(np.frombuffer("".join(contents).encode(), np.uint8))
     return Parts(
-        Crops(train, labels, audit, config), WholeImages(val), {k: WholeImages(v) for k, v in tests.items()}, audit, content
+        Crops(train, audit, config), WholeImages(val), {k: WholeImages(v) for k, v in tests.items()}, audit, content
     )
 
 
@@ -740,7 +740,8 @@ def main(config: Config) -> None:
 
     perceptual = None
     if config.perceptual_weight:
-        perceptual = losses.Perceptual(config.perceptual_layers, config.perceptual_weights).to(accelerator.device)
+        with accelerator.local_main_process_first():  # it alone downloads the weights
+            perceptual = losses.Perceptual(config.perceptual_layers, config.perceptual_weights).to(accelerator.device)
     if config.find_batch_size:
         attempt = partial(try_batch, build().to(accelerator.device), config, perceptual, parts.train)
         training.find_batch_size(accelerator, config, attempt)

@@ -343,7 +343,7 @@ def planted(tmp_path_factory):
 def crops(root: Path, **flags) -> job.Crops:
     pairs = underwater.find_pairs(root, "--train-root")
     labels = underwater.find_labels(root / "labels", pairs)
-    return job.Crops(pairs, labels, underwater.audit_labels(labels, pairs), small(**flags))
+    return job.Crops(pairs, underwater.audit_labels(labels, pairs), small(**flags))
 
 
 def shrink(image: Tensor, side: int) -> np.ndarray:
@@ -397,7 +397,7 @@ def test_every_crop_size_trains_with_labels_of_every_size(water, tmp_path, size)
         np.savez(tmp_path / f"{stem}.npz", masks=masks, probs=np.full(10, 0.1, np.float32), code=code)
     labels = underwater.find_labels(tmp_path, images)
     config = small(img_size=size, hf_mask=6, lf_mask=3, tv_weight=0.1)
-    dataset = job.Crops(images, labels, underwater.audit_labels(labels, images), config)
+    dataset = job.Crops(images, underwater.audit_labels(labels, images), config)
     batch = default_collate([dataset[0, index] for index in range(3)])
     model = untrained(classes=10, teacher=12)
     terms = job.loss_terms(config, job.forward(model, batch), batch, None)
