@@ -230,5 +230,5 @@ def export_onnx(
         partial.unlink()
         raise UserError(f"--onnx: the export differs from PyTorch by {worst:.2g}, so it was removed; try other versions.")
     os.replace(partial, path)
-    shown = " and ".join(f"{image.shape[3]} x {image.shape[2]}" for image in images)
-    logger.info("%s: at most %.1e from PyTorch on images of %s", path, worst, shown)
+    shown = dict.fromkeys(f"{image.shape[3]} x {image.shape[2]}" for image in images)
+    logger.info("%s: at most %.1e from PyTorch on images of %s", path, worst, " and ".join(shown))

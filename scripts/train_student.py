@@ -182,7 +182,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import data, launch, losses, metrics, training, underwater
 from common.checkpoints import RunFolder
-from common.images import as_float, inspect, read_image
+from common.images import as_float, find_images, inspect, read_image
 from common.logs import RunLog
 from common.restoration_report import picture_sheet, summary, write_csv
 from common.wavelets import haar, inverse_haar
@@ -649,7 +649,7 @@ def prepare_data(config: Config, accelerator) -> Parts:
     pairs = underwater.find_pairs(config.train_root, "--train-root")
     challenging = config.train_root / "challenging-60"  # UIEB's own images without a reference
     roots = [(config.val_ref_root, "--val-ref-root", True), (config.val_nonref_root, "--val-nonref-root", False)]
-    roots += [(challenging if challenging.is_dir() else None, "--train-root", False)]
+    roots += [(challenging if find_images(challenging) else None, "--train-root", False)]
     found: dict[str, underwater.ImageSet] = {}
     for root, named, reference in roots:
         if root:

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -782,7 +783,7 @@ def write_demo(folder: Path) -> None:
 def score_maps(predictions: Path, masks: Path) -> None:
     """Anybody's maps against masks: the benchmark's numbers, and every image in a table beside the maps."""
     setup_logging()
-    table, names = score_folders(predictions, masks)
+    table, names = score_folders(predictions, masks, os.cpu_count() or 1)
     path = predictions.with_name(f"{predictions.name}-scores.csv")
     write_csv(path, names, columns(table))
     logger.info("%d maps: %s; every image: %s", len(names), line_of(summarize(table)), path)

@@ -128,8 +128,8 @@ def test_binary_and_overlay_show_the_object_at_the_threshold(folder, tmp_path):
         mask = read_map(out / "a.png") >= threshold * 255
         assert 0.02 < mask.mean() < 0.98
         assert np.array_equal(read_map(out / "a_mask.png"), mask * 255)
-        drawn = read_image(out / "a_overlay.jpg").astype(float)
-        assert drawn.shape == pixels.shape and np.abs(drawn - predict.overlay(pixels, mask)).mean() < 2
+        write_image(tmp_path / "again.jpg", predict.overlay(pixels, mask))
+        assert (out / "a_overlay.jpg").read_bytes() == (tmp_path / "again.jpg").read_bytes()
     assert (tmp_path / "one/sub/a.png").read_bytes() == (tmp_path / "two/sub/a.png").read_bytes()
     assert (tmp_path / "one/sub/a_mask.png").read_bytes() != (tmp_path / "two/sub/a_mask.png").read_bytes()
 
@@ -241,9 +241,9 @@ def test_collisions_and_overwriting_are_refused(tmp_path):
             plan(where, *inputs)
     with pytest.raises(UserError, match="--inputs or --masks and would be overwritten"):
         plan(two / "sub", one / "a.png", masks=two / "sub")
-    with pytest.raises(UserError, match="--masks .*two: no reference has the name of an input"):
-        plan(out, one / "a.png", masks=two / "sub" / "..")
-    with pytest.raises(UserError, match="--masks .*b.jpg and .*b.png have one name"):
+    with pytest.raises(UserError, match="--masks .*sub: no reference has the name of an input"):
+        plan(out, two / "b.png", masks=two / "sub")
+    with pytest.raises(UserError, match="--masks: .*b.jpg and .*b.png have one name"):
         plan(out, one, masks=two)
     assert not out.exists()
 

@@ -9,10 +9,19 @@
 An object has the colours of the ground that it hides: the same palette, the same brightness around every place and the same
 histogram of what deviates from that. Only its texture differs, in scale, direction, elongation and roughness, and by how
 much is the picture's level: 0 is invisible, 1 plain to see. There is a little shading too, but NonCAM pictures (black masks)
-and half of the others have bumps and shadows where there is no object.
+and half of the others have bumps with shading where there is no object.
 
-The five super-classes of COD10K are five kinds of ground. Picture i of a part is a function of (seed, part, i). As in the
-wild, sizes differ from picture to picture, and the mask of every ODD_MASK-th picture has twice the size of its picture.
+The five super-classes of COD10K are five kinds of ground: mottled, fibrous, striped, pebbly, cloudy. Picture i of a part is a
+function of (seed, part, i). As in the wild, sizes differ from picture to picture, and of every ODD_MASK pictures of a part
+one has a mask of twice its size.
+
+Mean IoU of 80 test pictures at one level each; everything learnt on levels 0.5 to 1, the U-Net (0.23 M parameters) in
+@@STEPS@@:
+
+    level                     0     0.1   0.2   0.3   0.5   0.75  1
+    colour threshold          .13   .14   .14   .14   .14   .14   .14   (all foreground: .14)
+    boosted texture features  .02   .03   .10   .22   .42   .56   .60
+    U-Net                     @@
 """
 
 from __future__ import annotations
