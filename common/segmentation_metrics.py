@@ -182,7 +182,8 @@ def score(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
     *_curve     at every threshold; `summarize` makes *_mean and *_max of them
     *_adp       at twice the mean of the stretched map, at most 1
     *_stretched at 0.5 of the stretched map, which pysodmetrics calls binary; iou and dice only
-    iou, dice   at 0.5 of the map as it was saved: what is commonly meant by the names.
+    iou, dice   at 0.5 of the map as it was saved: what is commonly meant by the names
+    iou_saved_curve  the same at every threshold, to choose one by.
 
     Where the truth is empty, wfm, fm, iou and dice are 0, even for an empty map.
     """
@@ -207,6 +208,8 @@ def score(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
     maps, masks = (x.cpu().numpy() for x in (predictions, targets.to(torch.uint8)))
     rows = zip(maps, masks, values.cpu().numpy(), sums[:, 0].tolist(), strict=True)
     weighted = [_weighted_f(*row) for row in rows]
+    saved = counts.flip(2).cumsum(2).flip(2).double()
+
     result = {
         "mae": (sums[:, 0] + area[:, 0] - sums[:, 1]) / pixels,
         "sm": _s_measure(quadrants, values),

@@ -146,8 +146,10 @@ class Config(RunConfig):
             )
         if not 0 < self.val_share < 1 or not 0 <= self.noncam_ratio <= 1:
             raise ValueError("--val-share and --noncam-ratio: give shares between 0 and 1.")
-        if min(round_to(self.img_size * s) for s in self.multi_scale) < 64:
-            raise ValueError("--img-size and --multi-scale: the smallest side must be 64 or more.")
+        if self.img_size % 32 or self.img_size < 64:
+            raise ValueError(f"--img-size {self.img_size}: give a multiple of 32 from 64 on.")
+        if not self.multi_scale or min(self.multi_scale) <= 0:
+            raise ValueError("--multi-scale: give one or more positive factors, 1 to leave it out.")
         if self.find_batch_size and self.stage2_batch_size:
             raise ValueError("--find-batch-size chooses the batch of both stages: leave --stage2-batch-size out.")
 
@@ -720,7 +722,7 @@ def evaluate(model: Segmenter, loader, accelerator, **how) -> tuple[dict[str, fl
 
 def best_threshold(table: dict[str, np.ndarray]) -> float:
     """Where the mean IoU of the validation images is highest, of the levels of an 8-bit map."""
-    return float(table["iou_curve"].mean(0).argmax()) / 255
+    return float(table["iou_saved_curve"].mean(0).argmax()) / 255
 
 
 def ablate(model: Segmenter, loader, accelerator, config: Config, whole: float) -> dict[str, float]:

@@ -11,17 +11,17 @@ histogram of what deviates from that. Only its texture differs, in scale, direct
 much is the picture's level: 0 is invisible, 1 plain to see. There is a little shading too, but NonCAM pictures (black masks)
 and half of the others have bumps with shading where there is no object.
 
-The five super-classes of COD10K are five kinds of ground: mottled, fibrous, striped, pebbly, cloudy. Picture i of a part is a
-function of (seed, part, i). As in the wild, sizes differ from picture to picture, and of every ODD_MASK pictures of a part
-one has a mask of twice its size.
+The five super-classes of COD10K are five kinds of ground: mottled, fibrous, striped, pebbly, cloudy. Picture i of a part is
+a function of (seed, part, i). As in the wild, sizes differ from picture to picture, and of every ODD_MASK pictures of a
+part one has a mask of twice its size.
 
-Mean IoU of 80 test pictures at one level each; everything learnt on levels 0.5 to 1, the U-Net (0.23 M parameters) in
-@@STEPS@@:
+Mean IoU of the 80 test pictures, all at one level, after learning on levels 0.5 to 1; the U-Net has 0.23 M parameters and
+learnt for 3000 steps of 8 crops, 320 CPU seconds (of the default levels it gets .73, after a run of 1500 .63):
 
     level                     0     0.1   0.2   0.3   0.5   0.75  1
     colour threshold          .13   .14   .14   .14   .14   .14   .14   (all foreground: .14)
     boosted texture features  .02   .03   .10   .22   .42   .56   .60
-    U-Net                     @@
+    U-Net                     .13   .17   .28   .42   .63   .74   .78
 """
 
 from __future__ import annotations
