@@ -208,12 +208,13 @@ def score(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
     maps, masks = (x.cpu().numpy() for x in (predictions, targets.to(torch.uint8)))
     rows = zip(maps, masks, values.cpu().numpy(), sums[:, 0].tolist(), strict=True)
     weighted = [_weighted_f(*row) for row in rows]
-    saved = counts.flip(2).cumsum(2).flip(2).double()
+    saved = counts.flip(2).cumsum(2).flip(2)
 
     result = {
         "mae": (sums[:, 0] + area[:, 0] - sums[:, 1]) / pixels,
         "sm": _s_measure(quadrants, values),
         "wfm": torch.tensor(weighted, dtype=torch.float64, device=targets.device),
+        "iou_saved_curve": _ratio(saved[:, 1], area + saved[:, 0]),
     }
     for name, at in (
         ("fm", _ratio(1.3 * hits, 0.3 * area + marked)),

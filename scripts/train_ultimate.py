@@ -717,7 +717,7 @@ def evaluate(model: Segmenter, loader, accelerator, **how) -> tuple[dict[str, fl
             row[f"entropy/{key}"] = torch.special.entr(logits.float().softmax(1)).sum(1)
         rows.append(row)
     table = data.gather_samples(accelerator, rows, loader.batch_sampler.size)
-    return summarize(table), table
+    return summarize({name: values for name, values in table.items() if not name.startswith("route/")}), table
 
 
 def best_threshold(table: dict[str, np.ndarray]) -> float:

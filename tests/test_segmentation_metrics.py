@@ -296,3 +296,17 @@ def test_damaged_map(folders):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match="image0.png cannot be read"):
         score_folders(*folders, threads=2)
+
+
+def test_the_curve_of_the_map_as_saved_is_what_a_user_of_a_threshold_gets():
+    """On stretched maps 0.5 finds the object, on the saved map nothing reaches it."""
+    map_ = torch.full((1, 20, 20), 0.05)
+    map_[:, 2:8, 2:8], map_[:, 12:16, 12:16] = 0.35, 0.20
+    mask = torch.zeros(1, 20, 20, dtype=torch.bool)
+    mask[:, 2:8, 2:8] = True
+    curve = score(map_, mask)["iou_saved_curve"][0]
+    for level in (0, 30, 60, 89, 90, 128):
+        found = (map_ * 255).round() >= level
+        expected = (found & mask).sum() / (found | mask).sum()
+        assert curve[level].item() == pytest.approx(expected.item(), abs=1e-12)
+    assert curve[128] == 0 and curve.max() == 1
