@@ -235,11 +235,15 @@ def code_loss(prediction: Tensor, code: Tensor) -> Tensor:
 
 
 @in_float32
-def structure_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy and 1 - IoU, both weighted by how much a pixel differs from its 31 x 31 surroundings (F3Net, Wei et al.
-    2020), so that outlines and thin parts count."""
-    around = F.avg_pool2d(F.avg_pool2d(mask[:, None], (31, 1), 1, (15, 0)), (1, 31), 1, (0, 15))[:, 0]
-    weight = 1 + 5 * (around - mask).abs()
+def structure_weight(mask: Tensor) -> Tensor:
+    """How much a pixel differs from its surroundings, so that outlines and thin parts count (F3Net, Wei et al. 2020)."""
+    rows = F.avg_pool2d(mask[:, None], (31, 1), 1, (15, 0))  # one axis after the other: a twelfth of the time
+    return 1 + 5 * (F.avg_pool2d(rows, (1, 31), 1, (0, 15))[:, 0] - mask).abs()
+
+
+@in_float32
+def structure_loss(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    """F3Net's loss: cross-entropy and 1 - IoU, both weighted by `structure_weight`."""
     entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
     answer = logits.sigmoid()
     inside, either = ((weight * part).flatten(1).sum(1) for part in (answer * mask, answer + mask - answer * mask))

@@ -36,13 +36,13 @@ class Config(RunConfig):
     DEMO: ClassVar[dict[str, object]] = {
         "dataset_path": "data/demo/camouflage",
         "output_dir": "runs/ultimate-demo",
-        "backbone": "edgenext_xx_small",
+        "backbone": "test_resnet",
         "backbone_weights": "none",
         "img_size": 96,
         "multi_scale": (1.0,),
         "width": 48,
-        "epochs": 36,
-        "stage1_epochs": 2,
+        "epochs": 44,
+        "stage1_epochs": 1,
         "warmup_epochs": 1,
         "batch_size": 8,
         "lr": 2e-3,
@@ -435,8 +435,11 @@ class Mixture(nn.Module):
 # Model
 
 
-def make_backbone(name: str, weights: str) -> nn.Module:
-    """A timm model's feature maps. Sentences for an unknown name and for weights that cannot be had."""
+def make_backbone(name: str, weights: str, *, scratch: bool) -> nn.Module:
+    """A timm model's feature maps. Sentences for an unknown name and for weights that cannot be had.
+
+    From scratch, batch normalization becomes group normalization, which does not depend on the batch per process; with
+    pretrained weights its statistics stay what they are."""
     options = {"timm": {"pretrained": True}, "none": {}}.get(
         weights, {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
     )
@@ -458,7 +461,17 @@ def make_backbone(name: str, weights: str) -> nn.Module:
         ) from None
     if len(backbone.feature_info.reduction()) < 3:
         raise UserError(f"--backbone {name} has fewer than three feature maps: choose another.")
-    return backbone
+    return group_normalized(backbone) if scratch else backbone
+
+
+def group_normalized(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            act = [child.act] if isinstance(getattr(child, "act", None), nn.Module) else []  # timm joins norm and activation
+            setattr(module, name, nn.Sequential(norm(child.num_features), *act))
+        else:
+            group_normalized(child)
+    return module
 
 
 class Fuse(nn.Module):
@@ -664,7 +677,8 @@ def log_groups(optimizer: torch.optim.Optimizer, phase: Phase, plan: Plan) -> No
 
 def loss_terms(config: Config, model: Segmenter, answer: dict, mask: Tensor) -> dict[str, Tensor]:
     """One value per image and term."""
-    final, *coarser = (losses.structure_loss(logits, mask) for logits in answer["maps"])
+    weight = losses.structure_weight(mask)
+    final, *coarser = (losses.structure_loss(logits, mask, weight) for logits in answer["maps"])
     routed = [model.mixtures[key].losses(logits) for key, logits in answer["logits"].items()]
     balance, z = (torch.stack(parts).mean(0) for parts in zip(*routed, strict=True))
     terms = {"structure": final, "edge": losses.edge_loss(answer["edge"], mask), "balance": balance, "z": z}
@@ -866,7 +880,7 @@ def load_model(folder: Path) -> tuple[Segmenter, Config, dict]:
     """The exported model of a run: what `model/` holds. Used by predict_ultimate.py."""
     saved = json.loads((folder / "config.json").read_text())
     config = Config(**saved["config"])
-    model = Segmenter(config, make_backbone(config.backbone, "none"))
+    model = Segmenter(config, make_backbone(config.backbone, "none", scratch=saved["scratch"]))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval(), config, saved
 
@@ -885,7 +899,8 @@ def main(config: Config) -> None:
 
     def build(weights: str) -> Segmenter:
         torch.manual_seed(config.seed)  # the same weights on every rank
-        return Segmenter(config, make_backbone(config.backbone, weights)).to(memory_format=torch.channels_last)
+        backbone = make_backbone(config.backbone, weights, scratch=config.backbone_weights == "none")
+        return Segmenter(config, backbone).to(memory_format=torch.channels_last)
 
     if config.find_batch_size:
         bare = build("none").to(accelerator.device)
@@ -942,7 +957,9 @@ def main(config: Config) -> None:
 
     def export(threshold: float) -> None:
         flags = {name: getattr(config, name) for name in MODEL_FLAGS}
-        folder.export(ema.module, {"config": flags, "threshold": threshold, "step": step})
+        folder.export(
+            ema.module, {"config": flags, "scratch": config.backbone_weights == "none", "threshold": threshold, "step": step}
+        )
 
     val_loader = eval_loader(parts.val)
     evaluate(ema.module, eval_loader(parts.val, batches=2), accelerator)  # a wrong shape or metric surfaces now

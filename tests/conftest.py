@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.demo_data import causal_sets, underwater
+from common.demo_data import camouflage, causal_sets, underwater
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +18,12 @@ def water(tmp_path_factory):
     """23 pairs with labels and test sets of 5, 3 and 1 pictures: fewer than processes, too."""
     path = tmp_path_factory.mktemp("data") / "water"
     underwater.write(path, 23, test=5, nonref=3, seed=1, size=(48, 56), label_size=8, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def camouflaged(tmp_path_factory):
+    """26 pictures with masks, 5 to test on, and a fifth more of each without an object."""
+    path = tmp_path_factory.mktemp("data") / "camouflage"
+    camouflage.write(path, 26, test=5, noncam=0.2, seed=1, size=64, progress=False)
     return path

@@ -48,12 +48,12 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ultimate") / "model"
     path.mkdir()
     torch.manual_seed(0)
-    model = job.Segmenter(job.Config(**FLAGS), job.make_backbone(FLAGS["backbone"], "none"))
+    model = job.Segmenter(job.Config(**FLAGS), job.make_backbone(FLAGS["backbone"], "none", scratch=True))
     with torch.no_grad():
         model.head.weight *= 5
         model.head.bias -= 1.5
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"config": FLAGS, "threshold": 0.4, "step": 1}))
+    (path / "config.json").write_text(json.dumps({"config": FLAGS, "scratch": True, "threshold": 0.4, "step": 1}))
     return path
 
 

@@ -108,7 +108,7 @@ def assert_parity(prediction: np.ndarray, target: np.ndarray, smeasure=py_sod_me
         reference.step(prediction, target)
         expected = reference.results()
     mine = alone(prediction, target)
-    assert mine.keys() - expected.keys() == {"iou", "dice"}
+    assert mine.keys() - expected.keys() == {"iou", "dice", "iou_saved_curve"}
     for name, value in expected.items():
         np.testing.assert_allclose(mine[name], value, rtol=0, atol=2e-7, err_msg=name)
 
