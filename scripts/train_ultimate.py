@@ -388,23 +388,20 @@ class Mixture(nn.Module):
         super().__init__()
         self.top_k = config.top_k
         self.norm = norm(width)
-        self.router = nn.Linear(width, config.num_experts)
+        self.router = nn.Linear(width, config.num_experts, bias=False)
         self.experts = nn.ModuleList(EXPERTS[i % len(EXPERTS)](width) for i in range(config.num_experts))
-        nn.init.normal_(self.router.weight, std=0.02)
-        nn.init.zeros_(self.router.bias)
+        nn.init.normal_(self.router.weight, std=width**-0.5)
         self.register_buffer("load", torch.full((config.num_experts,), 1 / config.num_experts))
 
     def route(self, x: Tensor, without: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, chosen experts, their weights) per image; `without` leaves an expert out, to see what it is worth."""
+        """(logits, chosen experts, their weights) per image; `without` silences an expert, to see what it is worth."""
         with torch.autocast(x.device.type, enabled=False):
             seen = x.float().mean((2, 3))
             seen = F.layer_norm(seen, seen.shape[1:])
-            logits = F.linear(seen, self.router.weight.float(), self.router.bias.float())
-            allowed = logits
-            if without is not None:
-                allowed = logits.index_fill(1, torch.tensor([without], device=x.device), float("-inf"))
-            top, chosen = allowed.topk(min(self.top_k, allowed.shape[1] - (without is not None)), 1)
-            return logits, chosen, top.softmax(1)
+            logits = F.linear(seen, self.router.weight.float())
+            top, chosen = logits.topk(self.top_k, 1)
+            weights = top.softmax(1)
+            return logits, chosen, weights if without is None else weights.masked_fill(chosen == without, 0)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, counts: list[int] | None) -> Tensor:
         """With `counts`, images per expert, each expert computes its own images alone; without, all of them, for export."""
@@ -459,8 +456,8 @@ def make_backbone(name: str, weights: str, *, scratch: bool) -> nn.Module:
             f"The weights of --backbone {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}). Without a"
             " network pass --backbone-weights FILE, or none to train from scratch."
         ) from None
-    if len(backbone.feature_info.reduction()) < 3:
-        raise UserError(f"--backbone {name} has fewer than three feature maps: choose another.")
+    if len(set(backbone.feature_info.reduction())) < 3:
+        raise UserError(f"--backbone {name} has feature maps of fewer than three sizes: choose another.")
     return group_normalized(backbone) if scratch else backbone
 
 
@@ -562,6 +559,10 @@ def parts_of(backbone: nn.Module) -> list[tuple[str, list[nn.Parameter]]]:
     return loose + [(name, parameters) for name, parameters in found if parameters]
 
 
+LOAD_RATE = 0.5  # of the newest step in the running load
+ROUTER_LR = 0.2  # of the learning rate
+
+
 def parameter_groups(model: Segmenter, config: Config) -> list[dict]:
     """One group per part of the backbone with its own factor on the learning rate, then the rest. Built once, whatever is
     frozen: AdamW passes over parameters without a gradient."""
@@ -572,12 +573,15 @@ def parameter_groups(model: Segmenter, config: Config) -> list[dict]:
         for (name, parameters), scale in zip(parts, scales, strict=True)
     ]
     inside = {id(p) for group in groups for p in group["params"]}
+    routers = [mixture.router.weight for mixture in model.mixtures.values()]
+    inside |= {id(p) for p in routers}
     rest = [p for p in model.parameters() if id(p) not in inside]
     plain = [p for p in rest if p.ndim < 2]  # biases and norms
     weights = [p for p in rest if p.ndim >= 2]
     return [
         *groups,
         {"name": "experts and decoder", "params": weights, "scale": 1.0},
+        {"name": "routers", "params": routers, "scale": ROUTER_LR, "weight_decay": 0.0},
         {"name": "their biases and norms", "params": plain, "scale": 1.0, "weight_decay": 0.0},
     ]
 
@@ -705,6 +709,8 @@ def rescale(batch: dict, size: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluate
 
+EVAL_BATCH = 8  # not --batch-size, which differs with the number of processes: rounding depends on what else is in a batch
+
 
 @torch.no_grad()
 def predict_maps(model: Segmenter, images: Tensor, sizes: list[tuple[int, int]], **how) -> tuple[list[Tensor], dict]:
@@ -740,7 +746,7 @@ def best_threshold(table: dict[str, np.ndarray]) -> float:
 
 
 def ablate(model: Segmenter, loader, accelerator, config: Config, whole: float) -> dict[str, float]:
-    """What the mean IoU loses when no image may be sent to an expert."""
+    """What the mean IoU loses when an expert is silent."""
     lost = {}
     for number in range(config.num_experts if config.num_experts > 1 else 0):
         values, _ = evaluate(model, loader, accelerator, without=number)
@@ -913,7 +919,7 @@ def main(config: Config) -> None:
         config, accelerator,
         {
             "samples per step": sizes[1], "samples per step of stage 2": sizes[2], "seed": config.seed,
-            "training data": parts.hash, "stages": [dataclasses.astuple(phase) for phase in plan.phases],
+            "training data": parts.hash, "stages": [list(dataclasses.astuple(phase)) for phase in plan.phases],
         },
     )  # fmt: skip
     if folder.finished(plan.total_steps):
@@ -952,7 +958,7 @@ def main(config: Config) -> None:
     )  # fmt: skip
 
     def eval_loader(images: Masked, batches: int | None = None) -> torch.utils.data.DataLoader:
-        dealt = data.EvalSampler(len(images), min(config.batch_size, 16), accelerator, batches=batches)
+        dealt = data.EvalSampler(len(images), EVAL_BATCH, accelerator, batches=batches)
         return data.make_loader(images, dealt, config, collate_whole)
 
     def export(threshold: float) -> None:
@@ -1042,7 +1048,7 @@ def main(config: Config) -> None:
         if finite:
             for key, mixture in raw.mixtures.items():
                 chosen = torch.tensor([verdict.terms[f"load/{key}/{i}"] for i in range(experts)])
-                mixture.load.lerp_(chosen.to(mixture.load), 0.1)
+                mixture.load.lerp_(chosen.to(mixture.load), LOAD_RATE)
             guard.remember()
             ema.update(raw, step)
             watch.update({name: value for name, value in verdict.terms.items() if not name.startswith("load/")})

@@ -17,12 +17,13 @@ LAUNCHES = [block for block in BLOCKS if "pip install" not in block]
 
 
 @pytest.fixture
-def clone(tmp_path, sets, water):
+def clone(tmp_path, sets, water, camouflaged):
     """A checkout with datasets where the README says, the tools of this environment on the path, and a toy SLURM."""
     for name in ("scripts", "common", "accelerate_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "csets").symlink_to(sets)
+    (tmp_path / "data" / "COD10K-v3").symlink_to(camouflaged)
     for name in ("UIEB", "pseudo", "testset_ref", "testset_nonref"):
         (tmp_path / "data" / name).symlink_to(water / name)
     tools = tmp_path / "bin"
@@ -48,7 +49,8 @@ def shell(command: str, clone: Path) -> subprocess.CompletedProcess:
 
 SMALL = {
     "quantumgrav": "--width 8 --layers 1",
-    "student": "--width 8 --blocks 1 1 1 --heads 4 --img-size 32 --val-images 2 --perceptual-weight 0",
+    "ultimate": "--backbone test_convnext --backbone-weights none --width 16 --img-size 64 --multi-scale 1",
+    "student": "--width 8 --blocks 1 1 1 --heads 4 --img-size 32 --val-images 2 --test-images 3 --perceptual-weight 0",
 }
 
 
