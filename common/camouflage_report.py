@@ -49,15 +49,17 @@ def loads(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: values / values.sum(1, keepdims=True) for key, values in found.items()}
 
 
-def routing_report(table: dict[str, np.ndarray], images: MaskedImages, lost: dict[str, float]) -> str:
-    """Load per expert and level, the routers' entropy, and what the IoU loses without each expert."""
+def routing_report(table: dict[str, np.ndarray], images: MaskedImages, lost: dict[str, tuple[float, float]]) -> str:
+    """Load per expert and level, the routers' entropy, and what the IoU loses when an expert is silent."""
     names = list(lost)
-    lines = ["Experts on the validation images: share of the choices per stride, and the IoU lost without the expert"]
+    lines = ["Experts on the validation images: share of the choices per stride; when silent, the mean IoU"]
+    lines[0] += " lost, and how far an image's IoU moves"
     lines.append(f"  {'':<14}" + "".join(f"{name[:10]:>11}" for name in names) + f"{'entropy':>11}")
     for key, share in loads(table).items():
-        entropy = table[f"entropy/{key}"].mean() / np.log(share.shape[1])
+        entropy = table[f"stride_{key}/entropy"].mean() / np.log(share.shape[1])
         lines.append(f"  stride {key:<7}" + "".join(f"{value:>11.2f}" for value in share.mean(0)) + f"{entropy:>11.2f}")
-    lines.append(f"  {'IoU lost':<14}" + "".join(f"{value:>11.3f}" for value in lost.values()))
+    for row, title in enumerate(("IoU lost", "IoU moves")):
+        lines.append(f"  {title:<14}" + "".join(f"{values[row]:>11.4f}" for values in lost.values()))
     return "\n".join(lines)
 
 
@@ -76,7 +78,9 @@ def _save(plt, figure, path: Path) -> None:
     plt.close(figure)
 
 
-def routing_picture(path: Path, table: dict[str, np.ndarray], images: MaskedImages, lost: dict[str, float]) -> None:
+def routing_picture(
+    path: Path, table: dict[str, np.ndarray], images: MaskedImages, lost: dict[str, tuple[float, float]]
+) -> None:
     """Expert by super-class, one panel per level, and the ablation."""
     shares = loads(table)
     kinds = np.array([superclass(images.stems[int(i)]) for i in table["id"]])
@@ -92,10 +96,12 @@ def routing_picture(path: Path, table: dict[str, np.ndarray], images: MaskedImag
         axis.set_yticks(range(len(present)), present, fontsize=8)
         axis.set_title(f"choices at stride {key}", fontsize=10)
     axis = axes[0][-1]
-    axis.bar(range(len(lost)), list(lost.values()))
+    for row, label in enumerate(("mean lost", "moves per image")):
+        axis.bar(np.arange(len(lost)) + 0.4 * row - 0.2, [values[row] for values in lost.values()], 0.4, label=label)
+    axis.legend(fontsize=8)
     axis.axhline(0, color="k", linewidth=0.8)
     axis.set_xticks(range(len(lost)), list(lost), rotation=45, ha="right", fontsize=8)
-    axis.set_title("IoU lost without the expert", fontsize=10)
+    axis.set_title("IoU when the expert is silent", fontsize=10)
     _save(plt, figure, path)
 
 

@@ -173,6 +173,7 @@ from torch import Tensor, nn
 from common import camouflage, data, launch, losses, training
 from common.camouflage_baselines import fit_and_score
 from common.camouflage_report import (
+    SHOWN,
     breakdown,
     columns,
     difficulty_picture,
@@ -376,13 +377,18 @@ def upsample(x: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
+FOLLOW = 0.5  # share of the newest step in the routers' running means
+
+
 class Mixture(nn.Module):
     """Experts on one level; each image is sent whole to the `top_k` that its router prefers.
 
     The router works in float32. Its losses have a gradient: the balance loss is that of the Switch Transformer (Fedus et al.
     2021), experts x sum of load x mean probability, the z-loss that of ST-MoE (Zoph et al. 2022). The load is a running mean
-    over steps and all processes, so that the loss is a sum over images, whichever process and micro-batch has them, and
-    7 experts see more than the 30 choices of a small batch."""
+    over steps and all processes, so that the loss is a sum over images, whichever process and micro-batch has them.
+
+    Logits are centred by their running mean over images: what all images have in common would otherwise decide, all of them
+    went to the same three experts, and the load swung between none and all of the choices for 1,500 steps (measured)."""
 
     def __init__(self, width: int, config: Config):
         super().__init__()
@@ -391,6 +397,7 @@ class Mixture(nn.Module):
         self.router = nn.Linear(width, config.num_experts, bias=False)
         self.experts = nn.ModuleList(EXPERTS[i % len(EXPERTS)](width) for i in range(config.num_experts))
         nn.init.normal_(self.router.weight, std=width**-0.5)
+        self.register_buffer("centre", torch.zeros(config.num_experts))
         self.register_buffer("load", torch.full((config.num_experts,), 1 / config.num_experts))
 
     def route(self, x: Tensor, without: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,7 +405,7 @@ class Mixture(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             seen = x.float().mean((2, 3))
             seen = F.layer_norm(seen, seen.shape[1:])
-            logits = F.linear(seen, self.router.weight.float())
+            logits = F.linear(seen, self.router.weight.float()) - self.centre
             top, chosen = logits.topk(self.top_k, 1)
             weights = top.softmax(1)
             return logits, chosen, weights if without is None else weights.masked_fill(chosen == without, 0)
@@ -425,7 +432,13 @@ class Mixture(nn.Module):
     def losses(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Balance and z, one value per image. A balance of 1 is perfect."""
         balance = len(self.experts) * logits.softmax(1) @ self.load.clone()
-        return balance, logits.logsumexp(1).square()
+        return balance, (logits + self.centre.clone()).logsumexp(1).square()
+
+    @torch.no_grad()
+    def follow(self, load: list[float], logits: list[float]) -> None:
+        """After a step: its choices and mean logits over all processes."""
+        self.load.lerp_(torch.tensor(load).to(self.load), FOLLOW)
+        self.centre.lerp_(torch.tensor(logits).to(self.centre) + self.centre, FOLLOW)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,7 +572,6 @@ def parts_of(backbone: nn.Module) -> list[tuple[str, list[nn.Parameter]]]:
     return loose + [(name, parameters) for name, parameters in found if parameters]
 
 
-LOAD_RATE = 0.5  # of the newest step in the running load
 ROUTER_LR = 0.2  # of the learning rate
 
 
@@ -691,10 +703,14 @@ def loss_terms(config: Config, model: Segmenter, answer: dict, mask: Tensor) -> 
     return terms
 
 
-def loads(answer: dict, experts: int) -> dict[str, Tensor]:
-    """How often each expert was chosen, per level."""
-    counted = {key: F.one_hot(chosen, experts).sum((0, 1)).float() for key, chosen in answer["chosen"].items()}
-    return {f"load/{key}/{i}": count[i] for key, count in counted.items() for i in range(experts)}
+def routing(answer: dict, top_k: int) -> dict[str, Tensor]:
+    """Sums over images, per level and expert: the share of the choices, and the logit."""
+    sums: dict[str, Tensor] = {}
+    for key, logits in answer["logits"].items():
+        share = F.one_hot(answer["chosen"][key], logits.shape[1]).sum((0, 1)) / top_k
+        sums |= {f"load/{key}/{i}": value for i, value in enumerate(share.unbind())}
+        sums |= {f"logit/{key}/{i}": value for i, value in enumerate(logits.detach().sum(0).unbind())}
+    return sums
 
 
 def rescale(batch: dict, size: int) -> tuple[Tensor, Tensor]:
@@ -734,10 +750,11 @@ def evaluate(model: Segmenter, loader, accelerator, **how) -> tuple[dict[str, fl
         for key, logits in answer["logits"].items():
             share = torch.zeros_like(logits, dtype=torch.float32)
             row[f"route/{key}"] = share.scatter(1, answer["chosen"][key], 1.0)
-            row[f"entropy/{key}"] = torch.special.entr(logits.float().softmax(1)).sum(1)
+            row[f"stride_{key}/entropy"] = torch.special.entr(logits.float().softmax(1)).sum(1)
         rows.append(row)
     table = data.gather_samples(accelerator, rows, loader.batch_sampler.size)
-    return summarize({name: values for name, values in table.items() if not name.startswith("route/")}), table
+    scored = {name: values for name, values in table.items() if name != "area" and not name.startswith("route/")}
+    return summarize(scored), table
 
 
 def best_threshold(table: dict[str, np.ndarray]) -> float:
@@ -745,12 +762,13 @@ def best_threshold(table: dict[str, np.ndarray]) -> float:
     return float(table["iou_saved_curve"].mean(0).argmax()) / 255
 
 
-def ablate(model: Segmenter, loader, accelerator, config: Config, whole: float) -> dict[str, float]:
-    """What the mean IoU loses when an expert is silent."""
+def ablate(model: Segmenter, loader, accelerator, config: Config, whole: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Per expert, what the mean IoU loses when it is silent, and by how much the IoU of an image moves either way."""
     lost = {}
-    for number in range(config.num_experts if config.num_experts > 1 else 0):
-        values, _ = evaluate(model, loader, accelerator, without=number)
-        lost[expert_name(number)] = whole - values["iou"]
+    for number in range(config.num_experts):
+        _, table = evaluate(model, loader, accelerator, without=number)
+        change = whole - table["iou"]
+        lost[expert_name(number)] = (float(change.mean()), float(np.abs(change).mean()))
     return lost
 
 
@@ -985,7 +1003,8 @@ def main(config: Config) -> None:
         due = step % config.eval_every == 0 if config.eval_every else epoch_ended
         if step > state["evaluated"] and (due or last) and not stopping:
             values, table = evaluate(ema.module, val_loader, accelerator)
-            log.evaluation(step, epoch, {f"val/{name}": value for name, value in values.items()})
+            shown = {name: value for name, value in values.items() if name in SHOWN or name.endswith("/entropy")}
+            log.evaluation(step, epoch, {f"val/{name}": value for name, value in shown.items()})
             logger.info(
                 "Validation: Sm=%.3f wF=%.3f Em=%.3f MAE=%.3f IoU=%.3f",
                 *(values[name] for name in ("sm", "wfm", "em_mean", "mae", "iou")),
@@ -1037,8 +1056,8 @@ def main(config: Config) -> None:
                 terms = {name: term.sum() / count for name, term in loss_terms(config, raw, answer, mask).items()}
                 loss = sum(term * weights[name] for name, term in terms.items())
                 accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
-            chosen = {name: value / (count * config.top_k) for name, value in loads(answer, experts).items()}
-            for name, value in {"loss": loss, **terms, **chosen}.items():
+            routed = {name: value / count for name, value in routing(answer, config.top_k).items()}
+            for name, value in {"loss": loss, **terms, **routed}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
         verdict = training.agree(accelerator, totals, grad_norm)
@@ -1047,18 +1066,18 @@ def main(config: Config) -> None:
             optimizer.step()
         if finite:
             for key, mixture in raw.mixtures.items():
-                chosen = torch.tensor([verdict.terms[f"load/{key}/{i}"] for i in range(experts)])
-                mixture.load.lerp_(chosen.to(mixture.load), LOAD_RATE)
+                means = ([verdict.terms[f"{kind}/{key}/{i}"] for i in range(experts)] for kind in ("load", "logit"))
+                mixture.follow(*means)
             guard.remember()
             ema.update(raw, step)
-            watch.update({name: value for name, value in verdict.terms.items() if not name.startswith("load/")})
+            watch.update({name: value for name, value in verdict.terms.items() if name in weights})
         optimizer.zero_grad()
         step += 1
         stopping = verdict.stop
         if step % config.log_every == 0 or step == plan.total_steps:
-            named = {name: value for name, value in verdict.terms.items() if not name.startswith("load/")}
+            named = {name: value for name, value in verdict.terms.items() if name in ("loss", *weights)}
             for key, mixture in raw.mixtures.items():
-                named |= {f"load/{key}/{expert_name(i)}": value for i, value in enumerate(mixture.load.tolist())}
+                named |= {f"{expert_name(i)}/load_{key}": value for i, value in enumerate(mixture.load.tolist())}
             values = {**named, "grad_norm": verdict.grad_norm, "lr": lr, "side": side, "skipped": guard.total}
             log.train(step, plan.epoch(step - 1), values, samples=count, waited=steps.waited)
             router_alarm(raw)
@@ -1076,7 +1095,7 @@ def main(config: Config) -> None:
     for name, (values, _) in results.items():
         log.evaluation(step, epoch, {f"test/{name}/{key}": value for key, value in values.items()})
     val_values, val_table = evaluate(ema.module, val_loader, accelerator)
-    lost = ablate(ema.module, val_loader, accelerator, config, val_values["iou"])
+    lost = ablate(ema.module, val_loader, accelerator, config, val_table["iou"])
     if accelerator.is_main_process:  # no collective from here on: the others may leave
         report(config, parts, results, (val_values, val_table), lost, ema.module, accelerator, log, step)
     folder.finish(step, plan.total_steps)
