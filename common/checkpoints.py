@@ -257,11 +257,12 @@ class RunFolder:
         keep = {d.name for d in directories[-KEEP_LAST:]} | {names["best"]} | {name for _, name in names["top"]}
         for directory in directories:
             if directory.name not in keep:
-                doomed = directory.with_name(
-                    f".{directory.name}.old"
-                )  # a half-deleted directory must not look like a checkpoint
-                os.rename(directory, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self._remove(directory)
+
+    def _remove(self, directory: Path) -> None:
+        doomed = directory.with_name(f".{directory.name}.old")  # a half-deleted directory must not look like a checkpoint
+        os.rename(directory, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def export(self, module: nn.Module, settings: dict[str, object]) -> None:
         """model/: what predict scripts load. Each file is replaced atomically."""

@@ -150,6 +150,11 @@ class Config(RunConfig):
             raise ValueError(f"--img-size {self.img_size}: give a multiple of 32 from 64 on.")
         if not self.multi_scale or min(self.multi_scale) <= 0:
             raise ValueError("--multi-scale: give one or more positive factors, 1 to leave it out.")
+        if self.min_lr > min(self.lr, self.stage2_lr):
+            raise ValueError(f"--min-lr {self.min_lr} is above --lr or --stage2-lr: the rate would rise to it.")
+        first = self.epochs - self.stage1_epochs if self.skip_stage1 or not self.stage1_epochs else self.stage1_epochs
+        if self.warmup_epochs > first:
+            raise ValueError(f"--warmup-epochs {self.warmup_epochs} is longer than the first stage, {first} epochs.")
         if self.find_batch_size and self.stage2_batch_size:
             raise ValueError("--find-batch-size chooses the batch of both stages: leave --stage2-batch-size out.")
 
@@ -930,7 +935,8 @@ def main(config: Config) -> None:
         bare = build("none").to(accelerator.device)
         training.find_batch_size(accelerator, config, partial(try_batch, bare, config, parts.train))
     with accelerator.local_main_process_first():  # it alone downloads the backbone's weights
-        model = build(config.backbone_weights)
+        resumes = config.resume_from is not None and any((config.output_dir / "checkpoints").glob("step-*"))
+        model = build("none" if resumes else config.backbone_weights)  # the checkpoint holds them
     plan = Plan(config, len(parts.train), len(parts_of(model.backbone)), accelerator)
     sizes = {stage: sampler.size_of_step for stage, sampler in plan.samplers.items()}
     folder = RunFolder(

@@ -23,7 +23,7 @@ def water(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def camouflaged(tmp_path_factory):
-    """26 pictures with masks, 5 to test on, and a fifth more of each without an object."""
+    """26 pictures with masks, 10 to test on, and a fifth more of each without an object."""
     path = tmp_path_factory.mktemp("data") / "camouflage"
-    camouflage.write(path, 26, test=5, noncam=0.2, seed=1, size=64, progress=False)
+    camouflage.write(path, 26, test=10, noncam=0.2, seed=1, size=64, progress=False)
     return path

@@ -54,6 +54,18 @@ def test_round_trip(tmp_path):
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in (tmp_path / "checkpoints" / "step-00000003").iterdir())
 
 
+def test_a_step_saved_twice_holds_what_came_later(tmp_path):
+    """A run stopped where an evaluation is due evaluates on resume and saves the same step again."""
+    run_folder = folder(tmp_path)
+    run_folder.save({"step": 3, "evaluated": 0}, *parts(1.0))
+    run_folder.save({"step": 3, "evaluated": 3}, *parts(2.0))
+    del run_folder
+    assert saved_steps(tmp_path) == [3] and not list((tmp_path / "checkpoints").glob(".*"))
+    fresh = parts(5.0)
+    assert folder(tmp_path, resume_from="latest").resume(*fresh) == {"step": 3, "evaluated": 3}
+    assert torch.equal(fresh[0]["model"].weight, parts(2.0)[0]["model"].weight)
+
+
 def test_last_two_best_and_top_k_are_kept(tmp_path):
     run_folder = folder(tmp_path, keep_top_k=2)
     state = {}

@@ -154,7 +154,7 @@ def test_replicas_that_drift_apart_after_a_thaw_end_the_run(flags, fork, tmp_pat
 def test_a_killed_test_phase_is_finished_by_any_number_of_processes_with_the_same_numbers(
     golden, flags, fork, tmp_path, processes
 ):
-    """To the bit."""
+    """To the bit, with test images for two of the processes."""
     folder = cut(golden[0], tmp_path / "run", STEPS)
     args = [*flags, *dealt(processes), "--output-dir", folder, "--resume-from", "auto"]
     assert f"Resumed from step {STEPS}\n" in fork(args, processes=processes)
@@ -233,7 +233,7 @@ def test_the_record_of_a_run(golden, camouflaged):
     folder, text = golden
     report = (folder / "report.txt").read_text()
     assert report.strip() in text
-    for words in ("camouflage: 5 images", "validation: 5 images", "Aquatic", "Terrestrial", "stride 16", "IoU lost"):
+    for words in ("camouflage: 10 images", "validation: 5 images", "Aquatic", "Terrestrial", "stride 16", "IoU lost"):
         assert words in report
     assert all(job.expert_name(i) in report for i in range(7))
     stems = sorted(path.stem for path in (camouflaged / "Test/GT_Object").glob("*-CAM-*"))
@@ -258,7 +258,7 @@ def test_saved_maps_of_the_exported_model_score_what_the_run_says(golden, camouf
         maps, _ = job.predict_maps(model, sample["image"][None], [tuple(sample["mask"].shape)])
         write_image(tmp_path / "maps" / f"{stem}.png", (maps[0].numpy() * 255).round().astype(np.uint8))
     text = fork(["--evaluate-maps", tmp_path / "maps", camouflaged / "Test/GT_Object"])
-    assert "5 maps: sm 0." in text
+    assert "10 maps: sm 0." in text
     mine, theirs = table(tmp_path / "maps-scores.csv"), table(golden[0] / "camouflage.csv")
     for a, b in zip(mine, theirs, strict=True):
         assert a["image"] == b["image"]
