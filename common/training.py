@@ -46,7 +46,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 class EMA:
     """An averaged copy of the model for evaluation and export. The decay grows with the step, so that the average follows
-    the model at first. Buffers are copied, not averaged."""
+    the model at first. Floating buffers are averaged too: running statistics belong to the weights of their time (a router
+    whose running mean was copied sent all images to three of seven experts, measured). Counters are copied."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
@@ -57,7 +58,10 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+            if mine.is_floating_point():
+                mine.lerp_(theirs, 1 - decay)
+            else:
+                mine.copy_(theirs)
 
     def share_buffers(self) -> None:
         """Before a distributed evaluation: DDP keeps rank 0's running statistics, each rank's copy holds its own."""

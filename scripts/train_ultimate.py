@@ -890,7 +890,10 @@ def demo_report(config: Config, parts: Parts, results: dict) -> str:
     levels = read_levels(config.dataset_path)
     level = np.array([levels[stem] for stem in tests.images.stems])
     difficulty_picture(config.output_dir / "samples" / "difficulty.png", level, scores)
-    return "\n".join([f"IoU on {name}, beside classical baselines", *(f"  {v.mean():.3f}  {k}" for k, v in scores.items())])
+    title = (
+        f"IoU on {name}, levels {level.min():.2f} to {level.max():.2f} (0 invisible, 1 plain), beside classical baselines"
+    )
+    return "\n".join([title, *(f"  {values.mean():.3f}  {method}" for method, values in scores.items())])
 
 
 def try_batch(model: Segmenter, config: Config, dataset: Masked, count: int) -> None:
