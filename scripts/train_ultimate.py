@@ -834,17 +834,18 @@ def score_maps(predictions: Path, masks: Path) -> None:
     logger.info("%d maps: %s; every image: %s", len(names), line_of(summarize(table)), path)
 
 
-def router_alarm(model: Segmenter) -> None:
-    """An expert that gets less than a tenth of its share learns nothing more."""
+STARVED: dict[tuple[str, int], int] = {}
+
+
+def router_alarm(model: Segmenter, patience: int = 20) -> None:
+    """At a logged step: an expert with less than a tenth of its share for so many logged steps learns nothing more."""
     for key, mixture in model.mixtures.items():
-        share = 0.1 / len(mixture.experts)
-        dead = [expert_name(i) for i, load in enumerate(mixture.load.tolist()) if load < share]
-        if dead and key not in ALARMED:
-            ALARMED.add(key)
-            logger.warning("Router at stride %s: %s get almost no images; raise --balance-weight", key, ", ".join(dead))
-
-
-ALARMED: set[str] = set()
+        for number, load in enumerate(mixture.load.tolist()):
+            starved = load < 0.1 / len(mixture.experts)
+            STARVED[key, number] = STARVED.get((key, number), 0) + 1 if starved else 0
+            if STARVED[key, number] == patience:
+                text = "Router at stride %s: %s gets almost no images; raise --balance-weight"
+                logger.warning(text, key, expert_name(number))
 
 
 def report(config, parts, results, validation, lost, model, accelerator, log, step) -> None:
