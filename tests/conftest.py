@@ -1,8 +1,16 @@
 """Small data made once for the whole suite."""
 
+import logging
+
 import pytest
 
 from common.demo_data import camouflage, causal_sets, underwater
+
+
+@pytest.fixture(autouse=True)
+def the_log_reaches_caplog(monkeypatch):
+    """Whatever test set the log up before. Here, since inside a test pytest has chosen its loggers already."""
+    monkeypatch.setattr(logging.getLogger("run"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -137,14 +137,13 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_or_hostile_checkpoint_is_named_and_the_one_before_is_used(three, name, caplog, monkeypatch):
+def test_a_damaged_or_hostile_checkpoint_is_named_and_the_one_before_is_used(three, name, caplog):
     bomb = Path("/tmp/bomb-went-off")
     bomb.unlink(missing_ok=True)
     newest = three / "checkpoints" / "step-00000003"
     harm, words = DAMAGES[name]
     harm(newest)
     modules, optimizers = parts(9.0)
-    monkeypatch.setattr("common.checkpoints.logger.propagate", True)
     state = folder(three, resume_from="auto").resume(modules, optimizers)
     assert state["step"] == 2 and "step-00000003" in caplog.text and words in caplog.text
     assert modules["model"].weight[0, 0].item() == pytest.approx(2.0, abs=0.01)

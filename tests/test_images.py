@@ -199,7 +199,6 @@ def test_inspection_knows_a_copy_by_its_pixels(tmp_path):
 def test_a_long_inspection_says_so(tmp_path, monkeypatch, caplog):
     write_image(tmp_path / "a.png", PHOTO)
     caplog.set_level(logging.INFO, "run")
-    monkeypatch.setattr(logging.getLogger("run"), "propagate", True)
     inspect([tmp_path / "a.png"])
     assert not caplog.records
     ticks = iter((0.0, 7.0))

@@ -1,6 +1,5 @@
 """Metrics of object segmentation against pysodmetrics, and against what can be counted by hand."""
 
-import logging
 import warnings
 
 import cv2
@@ -249,12 +248,7 @@ def folders(tmp_path):
 
 
 def test_folders(folders, caplog, tmp_path):
-    logger = logging.getLogger("run")
-    logger.addHandler(caplog.handler)
-    try:
-        table, names = score_folders(*folders, threads=2)
-    finally:
-        logger.removeHandler(caplog.handler)
+    table, names = score_folders(*folders, threads=2)
     assert names == [f"image{i}" for i in range(5)] and table["id"].tolist() == list(range(5))
     assert "1 of the images in" in caplog.text and "maps have no partner and are not scored: odd" in caplog.text
     assert "masks have no partner and are not scored: lost" in caplog.text

@@ -3,7 +3,6 @@ through every thaw; routers that learn to share; masks that lie on their images;
 
 import csv
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -703,8 +702,7 @@ def test_a_folder_without_objects_is_refused(camouflaged, tmp_path):
         job.prepare_data(small(dataset_path=tmp_path / "data"), ALONE)
 
 
-def test_files_that_cannot_be_used_are_named_before_training(camouflaged, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("run"), "propagate", True)
+def test_files_that_cannot_be_used_are_named_before_training(camouflaged, tmp_path, caplog):
     shutil.copytree(camouflaged, tmp_path / "data")
     images = sorted((tmp_path / "data/Train/Image").glob("*-CAM-*"))
     images[0].write_bytes(images[0].read_bytes()[:-200])

@@ -168,8 +168,7 @@ def test_names_in_subsets_are_told_apart(tmp_path):
         take_split(pairs, str(listing), 9)
 
 
-def test_unreadable_and_unequal_pairs_are_left_out_by_name(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(underwater.logger, "propagate", True)
+def test_unreadable_and_unequal_pairs_are_left_out_by_name(tmp_path, caplog):
     for name in ("good", "cut", "unequal"):
         put(tmp_path / "input" / f"{name}.png", size=(40, 50))
         put(tmp_path / "GT" / f"{name}.png", size=(40, 48) if name == "unequal" else (40, 50))
