@@ -2,27 +2,89 @@
 and worst masks."""
 
 import csv
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common.camouflage import MaskedImages, size_class, superclass
+from common.camouflage import MaskedImages, read_mask, size_class, superclass
+from common.images import read_image
+from common.logs import RunLog, setup_logging
+from common.pictures import save, subplots
+from common.restoration_report import write_csv
+from common.segmentation_metrics import score_folders, summarize
+
+logger = logging.getLogger("run")
 
 SHOWN = ("sm", "wfm", "fm_mean", "em_mean", "mae", "iou", "dice")
 KINDS = ("Aquatic", "Terrestrial", "Flying", "Amphibian", "Other", "unknown")
+Table = dict[str, np.ndarray]  # a column per metric with a row per image, as `evaluate` gives them
 
 
-def columns(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One number per image and column: no curves."""
-    return {name: values for name, values in table.items() if values.ndim == 1}
+class Seen(NamedTuple):
+    image: np.ndarray  # (H, W, 3) in [0, 1]
+    mask: np.ndarray  # (H, W) bool
+    map: np.ndarray  # (H, W) in [0, 1]
+
+
+def report(
+    folder: Path, scored: dict[str, tuple[MaskedImages, Table]], lost: dict[str, tuple[float, float]], further: str | None,
+    look: Callable[[str, int], Seen], log: RunLog, step: int,
+) -> None:  # fmt: skip
+    """report.txt, a CSV and a sheet of pictures per set, and what the experts do on the set "validation", where the IoU is
+    `lost` without them. `look(set, index)` gives the pictures, `further` ends the text."""
+    text = []
+    for name, (images, table) in scored.items():
+        text.append(breakdown(name, images, table))
+        write_csv(folder / f"{name}.csv", images.stems, table)
+        order = np.argsort(-table["iou"], kind="stable")
+        chosen = dict.fromkeys([*order[:2], order[len(order) // 2], *order[-3:]])  # best, median and worst
+        path = folder / "samples" / f"{name}.png"
+        mask_sheet(path, [(f"{images.stems[i][-28:]}, IoU {table['iou'][i]:.2f}", look(name, int(i))) for i in chosen])
+        log.image(name, path, step)
+    images, table = scored["validation"]
+    path = folder / "samples" / "routing.png"
+    routing_picture(path, images, table, lost)
+    log.image("routing", path, step)
+    summary = "\n\n".join([*text, routing_report(table, lost), *([further] if further else [])])
+    (folder / "report.txt").write_text(summary + "\n")
+    logger.info("Testing phase completed, see %s and its samples:\n%s", folder / "report.txt", summary)
+
+
+def demo_report(folder: Path, root: Path, seed: int, train: MaskedImages, tests: MaskedImages, table: Table) -> str:
+    """The classical baselines on the same images, and IoU against the difficulty that the generator says."""
+    from common.camouflage_baselines import fit_and_score  # here: scikit-learn takes its time at every start
+
+    def samples(images: MaskedImages, limit: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        pairs = zip(images.images[:limit], images.masks[:limit], strict=True)
+        pairs = ((read_image(image), mask) for image, mask in pairs)
+        return [(pixels, read_mask(mask, pixels.shape[:2])) for pixels, mask in pairs]
+
+    scores = {"this run": table["iou"], **fit_and_score(samples(train, 150), samples(tests), seed)}
+    levels = read_levels(root)
+    level = np.array([levels[stem] for stem in tests.stems])
+    difficulty_picture(folder / "samples" / "difficulty.png", level, scores)
+    title = f"IoU on {tests.name}, levels {level.min():.2f} to {level.max():.2f} (0 invisible, 1 plain), beside classical"
+    return "\n".join([f"{title} baselines", *(f"  {values.mean():.3f}  {method}" for method, values in scores.items())])
+
+
+def score_maps(predictions: Path, masks: Path) -> None:
+    """Anybody's maps against masks: the benchmark's numbers, and every image in a table beside the maps."""
+    setup_logging()
+    table, names = score_folders(predictions, masks, os.cpu_count() or 1)
+    path = predictions.with_name(f"{predictions.name}-scores.csv")
+    write_csv(path, names, table)
+    logger.info("%d maps: %s; every image: %s", len(names), line_of(summarize(table)), path)
 
 
 def line_of(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {values[name]:.4f}" for name in SHOWN)
 
 
-def breakdown(title: str, table: dict[str, np.ndarray], images: MaskedImages) -> str:
+def breakdown(title: str, images: MaskedImages, table: Table) -> str:
     """Per super-class and per size of the object."""
     kinds = np.array([superclass(images.stems[int(i)]) for i in table["id"]])
     sizes = np.array([size_class(float(area)) for area in table["area"]])
@@ -37,19 +99,19 @@ def breakdown(title: str, table: dict[str, np.ndarray], images: MaskedImages) ->
     return "\n".join(lines)
 
 
-def mean_of(table: dict[str, np.ndarray], key: str, mine: np.ndarray) -> float:
+def mean_of(table: Table, key: str, mine: np.ndarray) -> float:
     if key.endswith("_mean"):
         return float(table[key.replace("_mean", "_curve")][mine].mean())
     return float(table[key][mine].mean())
 
 
-def loads(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def loads(table: Table) -> dict[str, np.ndarray]:
     """Stride to (images, experts), how an image's choices are shared out."""
     found = {key.removeprefix("route/"): values for key, values in table.items() if key.startswith("route/")}
     return {key: values / values.sum(1, keepdims=True) for key, values in found.items()}
 
 
-def routing_report(table: dict[str, np.ndarray], images: MaskedImages, lost: dict[str, tuple[float, float]]) -> str:
+def routing_report(table: Table, lost: dict[str, tuple[float, float]]) -> str:
     """Load per expert and level, the routers' entropy, and what the IoU loses when an expert is silent."""
     names = list(lost)
     lines = ["Experts on the validation images: share of the choices per stride; when silent, the mean IoU"]
@@ -63,29 +125,12 @@ def routing_report(table: dict[str, np.ndarray], images: MaskedImages, lost: dic
     return "\n".join(lines)
 
 
-def _figure(*size, **options):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt, *plt.subplots(*size, layout="constrained", **options)
-
-
-def _save(plt, figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def routing_picture(
-    path: Path, table: dict[str, np.ndarray], images: MaskedImages, lost: dict[str, tuple[float, float]]
-) -> None:
+def routing_picture(path: Path, images: MaskedImages, table: Table, lost: dict[str, tuple[float, float]]) -> None:
     """Expert by super-class, one panel per level, and the ablation."""
     shares = loads(table)
     kinds = np.array([superclass(images.stems[int(i)]) for i in table["id"]])
     present = [kind for kind in KINDS if (kinds == kind).any()]
-    plt, figure, axes = _figure(1, len(shares) + 1, figsize=(4.2 * (len(shares) + 1), 3.6), squeeze=False)
+    figure, axes = subplots(1, len(shares) + 1, 4.2 * (len(shares) + 1), 3.6)
     names = list(lost) or [str(i) for i in range(next(iter(shares.values())).shape[1])]
     for axis, (key, share) in zip(axes[0], shares.items(), strict=False):
         matrix = np.stack([share[kinds == kind].mean(0) for kind in present])
@@ -102,14 +147,14 @@ def routing_picture(
     axis.axhline(0, color="k", linewidth=0.8)
     axis.set_xticks(range(len(lost)), list(lost), rotation=45, ha="right", fontsize=8)
     axis.set_title("IoU when the expert is silent", fontsize=10)
-    _save(plt, figure, path)
+    save(figure, path, 120)
 
 
-def mask_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+def mask_sheet(path: Path, rows: Sequence[tuple[str, Seen]]) -> None:
     """A row per image: image, mask, map, and the map's outline (red) beside the mask's (green)."""
     titles = ("image", "mask", "map", "outlines: mask green, map red")
-    plt, figure, axes = _figure(len(rows), 4, figsize=(10, 2.7 * len(rows)), squeeze=False)
-    for line, (name, image, mask, answer) in zip(axes, rows, strict=True):
+    figure, axes = subplots(len(rows), 4, 10, 2.7 * len(rows))
+    for line, (name, (image, mask, answer)) in zip(axes, rows, strict=True):
         for axis, picture, title in zip(line, (image, mask, answer, image), titles, strict=True):
             axis.imshow(np.clip(picture, 0, 1), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
@@ -119,7 +164,7 @@ def mask_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.
             if shape.min() < 0.5 < shape.max():
                 line[3].contour(shape, levels=[0.5], colors=colour, linewidths=1.2)
         line[0].set_title(name, fontsize=8)
-    _save(plt, figure, path)
+    save(figure, path, 120)
 
 
 def read_levels(root: Path) -> dict[str, float]:
@@ -130,7 +175,7 @@ def read_levels(root: Path) -> dict[str, float]:
 
 def difficulty_picture(path: Path, levels: np.ndarray, scores: dict[str, np.ndarray], bins: int = 5) -> None:
     """Mean IoU against how much the object's texture differs from its surroundings."""
-    plt, figure, axis = _figure(figsize=(5.5, 3.6))
+    figure, [[axis]] = subplots(1, 1, 5.5, 3.6)
     edges = np.quantile(levels, np.linspace(0, 1, bins + 1))
     place = np.clip(np.searchsorted(edges, levels, side="right") - 1, 0, bins - 1)
     used = np.unique(place)
@@ -142,4 +187,4 @@ def difficulty_picture(path: Path, levels: np.ndarray, scores: dict[str, np.ndar
     axis.set_ylim(0, 1)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _save(plt, figure, path)
+    save(figure, path, 120)

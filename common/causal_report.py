@@ -9,6 +9,7 @@ import numpy as np
 
 from common.causal_sets import OBSERVABLE_GROUPS, Store, observable_table
 from common.metrics import calibration, confusion
+from common.pictures import save, subplots
 
 BINS = 8
 
@@ -148,14 +149,9 @@ def draw_classification(
     """Confusion matrix, accuracy per kind of set, against size, against hardness, and calibration.
 
     `kinds` is (names, code per set); `hardness` maps a kind to its hardness, NaN for the other sets."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     answer = probability.argmax(1)
     correct = answer == target
-    figure, axes = plt.subplots(1, 5 if kinds else 4, figsize=(22 if kinds else 17, 4.2), layout="constrained")
+    figure, [axes] = subplots(1, *((5, 22) if kinds else (4, 17)), 4.2)
     panels = iter(axes)
 
     axis = next(panels)
@@ -212,8 +208,7 @@ def draw_classification(
     )
     for axis in axes[1:]:
         axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
+    save(figure, picture, 100)
 
 
 def describe(tasks, table: dict[str, np.ndarray], store: Store, folder: Path, name: str) -> None:
@@ -248,7 +243,6 @@ def describe(tasks, table: dict[str, np.ndarray], store: Store, folder: Path, na
                     store.classes[k]: np.where(kind == k, hardness, np.nan)[known]
                     for k in np.unique(kind[np.isfinite(hardness)])
                 }
-            (folder / "samples").mkdir(exist_ok=True)
             draw_classification(
                 folder / "samples" / f"{name}_{task}.png", f"{name} {task}", answers,
                 target[known].astype(int), share[known], table["size"][known], kinds, hard,

@@ -25,15 +25,15 @@ import json
 import math
 import multiprocessing
 import os
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from common.files import made_whole
 
 FORMAT = 1
 
@@ -345,14 +345,14 @@ class StoreWriter:
         self.source = source or {}
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise ValueError(f"{path} exists already: choose another path or delete it first.")
-        self._partial = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
         self._sizes: list[int] = []
         self._signatures: list[int] = []
         self._labels: dict[str, list] = {}
 
     def __enter__(self) -> StoreWriter:
-        self._partial.mkdir(parents=True)
-        self._file = open(self._partial / "relations.bin", "wb")
+        self._open = ExitStack()
+        self._folder = self._open.enter_context(made_whole(self.path))
+        self._file = self._open.enter_context(open(self._folder / "relations.bin", "wb"))
         self._hash = hashlib.sha256()
         return self
 
@@ -373,21 +373,23 @@ class StoreWriter:
             column.extend([None] * (len(self._sizes) - len(column)))
 
     def __exit__(self, kind, error, traceback) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if kind is not None or not self._sizes:
-            shutil.rmtree(self._partial)
         if kind is not None:
+            self._open.__exit__(kind, error, traceback)
             return
+        with self._open:
+            self._finish()
+
+    def _finish(self) -> None:
         if not self._sizes:
             raise ValueError(f"no causal set was written to {self.path}: a store holds at least one.")
+        self._file.flush()
+        os.fsync(self._file.fileno())
         sizes = np.array(self._sizes, np.int64)
-        np.save(self._partial / "offsets.npy", np.concatenate([[0], np.cumsum(sizes * -(-sizes // 8))]))
-        np.save(self._partial / "sizes.npy", sizes.astype(np.int32))
-        np.save(self._partial / "signatures.npy", np.array(self._signatures, np.uint64))
+        np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(sizes * -(-sizes // 8))]))
+        np.save(self._folder / "sizes.npy", sizes.astype(np.int32))
+        np.save(self._folder / "signatures.npy", np.array(self._signatures, np.uint64))
         for name, column in self._labels.items():
-            np.save(self._partial / f"label_{name}.npy", _label_array(column))
+            np.save(self._folder / f"label_{name}.npy", _label_array(column))
         meta = {
             "format": FORMAT,
             "count": len(sizes),
@@ -396,8 +398,7 @@ class StoreWriter:
             "source": self.source,
             "sha256": self._hash.hexdigest(),
         }
-        (self._partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        os.replace(self._partial, self.path)
+        (self._folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def _label_array(column: list) -> np.ndarray:

@@ -30,17 +30,9 @@ def start(config: RunConfig) -> Accelerator:
     setup_logging()
     check_tracker(config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    on_cpu = not torch.accelerator.is_available() or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "no"))
-    check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 0 if on_cpu else torch.accelerator.device_count())
-    precision = config.mixed_precision
-    if on_cpu:
-        if precision == "fp16":
-            raise UserError("--mixed-precision fp16 needs a GPU; on a CPU leave the flag out or use bf16.")
-        if precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-            precision = "no"
-            logger.info("No GPU is visible: training on the CPU in float32 instead of fp16")
-    else:
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    on_cpu, precision = choose_device(config.mixed_precision)
+    if precision != config.mixed_precision:
+        logger.info("No GPU is visible: training on the CPU in float32 instead of fp16")
     _open_group_of_this_attempt(on_cpu)
     accelerator = Accelerator(
         cpu=on_cpu,  # without it N processes on a machine without a GPU each believe that they are alone
@@ -67,6 +59,19 @@ def start(config: RunConfig) -> Accelerator:
         f" in {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "",
     )  # fmt: skip
     return accelerator
+
+
+def choose_device(precision: str | None) -> tuple[bool, str | None]:
+    """Whether this is a run on the CPU, and its precision: no for an accelerate YAML that says fp16, which needs a GPU."""
+    on_cpu = not torch.accelerator.is_available() or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "no"))
+    check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 0 if on_cpu else torch.accelerator.device_count())
+    if not on_cpu:
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    elif precision == "fp16":
+        raise UserError("--mixed-precision fp16 needs a GPU; on a CPU leave the flag out or use bf16.")
+    elif precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        precision = "no"
+    return on_cpu, precision
 
 
 def check_devices(processes: int, devices: int) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common.checkpoints import write_atomically
 from common.cli import RunConfig, UserError, rank
+from common.pictures import save, subplots
 
 logger = logging.getLogger("run")
 
@@ -195,11 +196,6 @@ def kept_rows(path: Path, step: int) -> list[dict]:
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """One panel per quantity, training and evaluation of the same name together."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read_rows(metrics)
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
@@ -213,7 +209,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         return
     columns = min(4, len(series))
     lines = -(-len(series) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.8 * lines), squeeze=False, layout="constrained")
+    figure, axes = subplots(lines, columns, 4 * columns, 2.8 * lines)
     for axis, (name, parts) in zip(axes.flat, series.items(), strict=False):
         for part, points in parts.items():
             steps, values = zip(*points, strict=True)
@@ -225,5 +221,4 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.legend(fontsize=7)
     for axis in list(axes.flat)[len(series) :]:
         axis.set_visible(False)
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    save(figure, picture, 110)

@@ -174,15 +174,105 @@ def read_vgg19(weights: str | Path) -> dict[str, Tensor]:
                 f"VGG19's weights cannot be downloaded ({error}): give torchvision's vgg19 file with --perceptual-weights"
                 " PATH, or leave this loss out with --perceptual-weight 0."
             ) from None
+    return read_weights(weights, f"--perceptual-weights {weights}", "torchvision's vgg19 weights")
+
+
+def read_weights(path: str | Path, what: str, wanted: str) -> dict[str, Tensor]:
     try:
-        if Path(weights).suffix == ".safetensors":
-            return load_file(weights)
-        return torch.load(weights, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise anything, even IndexError
+        raise UserError(f"{what} cannot be read ({type(error).__name__}): give {wanted} as .pth or .safetensors.") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# perceptual, of volumes
+
+
+def take_slices(volume: Tensor, slices: Tensor) -> list[Tensor]:
+    """Slices of (B, C, X, Y, Z) across x, across y and across z, each (B * n, C, H, W). `slices` (B, 3, n) in [0, 1) are
+    places along the axes: samples of all sizes can be drawn alike."""
+    found = []
+    for axis in range(3):
+        layers = volume.movedim(2 + axis, 1)
+        size = layers.shape[1]
+        index = (slices[:, axis] * size).long().clamp(max=size - 1)  # numpy's float64 below 1 may be 1 in float32
+        found.append(layers[torch.arange(len(layers), device=layers.device)[:, None], index].flatten(0, 1))
+    return found
+
+
+class SlicePerceptual(nn.Module):
+    """LPIPS without its learnt weights (Zhang et al. 2018) on slices of volumes in [-1, 1]: features scaled to length 1 at
+    each place, their squared distance averaged over places, then over slices, axes and the network's levels.
+
+    `network` is timm:NAME, whose weights timm downloads, or timm:NAME@FILE. It runs in autocast's type."""
+
+    def __init__(self, network: str, levels: Sequence[int] = (0, 1, 2, 3)):
+        super().__init__()
+        from timm.data import resolve_data_config
+
+        self.backbone = make_extractor(network, levels)
+        pretrained = resolve_data_config({}, model=self.backbone)
+        self.register_buffer("mean", torch.tensor(pretrained["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(pretrained["std"]).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).to(memory_format=torch.channels_last).eval()
+
+    def train(self, mode: bool = True) -> "SlicePerceptual":
+        return super().train(False)  # as a part of a model in training, too: a loss must not change while it is used
+
+    def extract(self, images: Tensor) -> list[Tensor]:
+        return self.backbone(((images.float() + 1) / 2 - self.mean) / self.std)  # three channels by broadcasting
+
+    def forward(self, output: Tensor, target: Tensor, slices: Tensor) -> Tensor:
+        distances = []
+        for mine, theirs in zip(take_slices(output, slices), take_slices(target, slices), strict=True):
+            with torch.no_grad():
+                wanted = self.extract(theirs)
+            distances += [unit_distance(a, b) for a, b in zip(self.extract(mine), wanted, strict=True)]
+        return torch.stack(distances).mean(0).view(len(output), -1).mean(1)
+
+
+@in_float32
+def unit_distance(a: Tensor, b: Tensor) -> Tensor:
+    """2 - 2 cosine of the channels. Features far below length 1e-3 do not count, and give no huge gradient: in air, VGG's
+    may all be zero."""
+    a, b = (x * (x.square().sum(1, keepdim=True) + 1e-6).rsqrt() for x in (a, b))
+    return per_sample((a - b).square().sum(1))
+
+
+def make_extractor(network: str, levels: Sequence[int]) -> nn.Module:
+    """A timm network's feature maps at some of its levels. The file is read and compared here: timm would leave random what
+    a file for an extractor lacks, with a message in its own log."""
+    import timm
+
+    kind, _, rest = network.partition(":")
+    name, _, path = rest.partition("@")
+    if kind != "timm" or not name or network.endswith("@"):
+        raise UserError(f"--perceptual {network}: give timm:NAME or timm:NAME@FILE, e.g. timm:vgg19.")
+    state = read_weights(path, f"--perceptual {network}: {path}", f"timm's weights of {name}") if path else None
+    try:
+        with torch.random.fork_rng(devices=[]):  # what the weights replace shall not use up the run's random numbers
+            model = timm.create_model(name, features_only=True, out_indices=tuple(levels), pretrained=not path)
+    except Exception as error:  # a download may end in anything
         raise UserError(
-            f"--perceptual-weights {weights} cannot be read ({type(error).__name__}): give torchvision's vgg19 weights as"
-            " .pth or .safetensors."
+            f"--perceptual {network} cannot be had ({type(error).__name__}: {' '.join(str(error).split())[:200]}): give its"
+            " weights as timm:NAME@FILE, choose another network, or leave this loss out with --perceptual-weight 0."
         ) from None
+    if len(set(model.feature_info.reduction())) < len(levels):
+        raise UserError(f"--perceptual {network} has not {len(levels)} sizes of feature maps: give a convolutional network.")
+    if path:
+        own = model.state_dict()
+        named = {key.replace(".", "_"): value for key, value in state.items()} if isinstance(state, dict) else {}
+        found = {key: named.get(key.replace(".", "_")) for key in own}  # timm joins some names of an extractor by _
+        wrong = [key for key, value in own.items() if getattr(found[key], "shape", None) != value.shape]
+        if wrong:
+            raise UserError(
+                f"--perceptual {network}: {path} does not hold the weights of timm's {name} ({len(wrong)} of {len(own)} are"
+                f" missing or of another shape, the first is {wrong[0]})."
+            )
+        model.load_state_dict(found)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

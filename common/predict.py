@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, str_to_bool
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -133,13 +133,7 @@ Work = Callable[[Task, Any, Future | None, Callable[..., None]], dict[str, Tenso
 
 
 def start(precision: str | None) -> Accelerator:
-    on_cpu = not torch.accelerator.is_available() or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "no"))
-    launch.check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 0 if on_cpu else torch.accelerator.device_count())
-    if on_cpu and (precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
-        if precision:
-            raise UserError("--mixed-precision fp16 needs a GPU; on a CPU leave the flag out or use bf16.")
-        precision = "no"
-    torch.set_float32_matmul_precision("high")  # as in training, so that test metrics repeat
+    on_cpu, precision = launch.choose_device(precision)  # as in training, so that test metrics repeat
     # The only collectives stand at the end: a process waits for another's last and perhaps very large image.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[patience])

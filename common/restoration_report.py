@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from common.pictures import save, subplots
+
 METHODS = {"": "this run", "input_": "the input itself", "grey_world_": "grey-world"}
 
 
 def write_csv(path: Path, names: Sequence[str], table: dict[str, np.ndarray]) -> None:
-    """One row per image."""
-    columns = [column for column in table if column != "id"]
+    """One row per image, of what is one number per image: no curves."""
+    columns = [column for column, values in table.items() if column != "id" and values.ndim == 1]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", *columns])
@@ -47,20 +49,9 @@ def summary(tables: dict[str, dict[str, np.ndarray]], variant: str) -> str:
 
 def picture_sheet(path: Path, rows: Sequence[tuple[str, Tensor, Tensor, Tensor | None]]) -> None:
     """A row per image: input, output, and with a reference also this and three times the error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     titles = ["input", "output"] + (["reference", "error x 3"] if rows[0][3] is not None else [])
     aspect = sum(image.shape[1] / image.shape[2] for _, image, _, _ in rows)
-    figure, axes = plt.subplots(
-        len(rows),
-        len(titles),
-        figsize=(2.6 * len(titles), 2.6 * aspect + 0.3 * len(rows)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = subplots(len(rows), len(titles), 2.6 * len(titles), 2.6 * aspect + 0.3 * len(rows))
     for line, (name, image, output, target) in zip(axes, rows, strict=True):
         shown = [image, output] + ([target, (output - target).abs() * 3] if target is not None else [])
         for axis, picture, title in zip(line, shown, titles, strict=True):
@@ -70,9 +61,7 @@ def picture_sheet(path: Path, rows: Sequence[tuple[str, Tensor, Tensor, Tensor |
             error = "" if target is None or title not in ("input", "output") else f", {decibels(picture, target):.1f} dB"
             axis.set_title(title + error, fontsize=8)
         line[0].set_ylabel(name[-24:], fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, 130)
 
 
 def decibels(image: Tensor, target: Tensor) -> float:

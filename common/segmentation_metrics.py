@@ -240,10 +240,9 @@ def summarize(table: dict[str, np.ndarray]) -> dict[str, float]:
     return summary
 
 
-def without_curves(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """For a CSV: one number per image and column, of a curve its mean."""
-    curves = {name: name.removesuffix("curve") + "mean" for name in table if name.endswith("_curve")}
-    return {curves.get(name, name): values.mean(1) if name in curves else values for name, values in table.items()}
+def best_threshold(table: dict[str, np.ndarray]) -> float:
+    """Where the mean IoU of the set's images is highest, of the levels of an 8-bit map."""
+    return float(table["iou_saved_curve"].mean(0).argmax()) / 255
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

@@ -67,7 +67,7 @@ from torch import Tensor, nn
 
 from common import predict
 from common.camouflage import read_mask
-from common.camouflage_report import columns, line_of
+from common.camouflage_report import line_of
 from common.images import read_image, write_image
 from common.logs import setup_logging
 from common.metrics import to_uint8
@@ -208,7 +208,7 @@ def main(config: Config) -> None:
     work = partial(segment, model, config, threshold, accelerator)
     table, failed = predict.work_through(tasks, partial(load, sides=sides), partial(read_mask, size=None), work, accelerator)
     if table and accelerator.is_main_process:
-        write_csv(config.output_dir / "metrics.csv", [task.name for task in tasks], columns(table))
+        write_csv(config.output_dir / "metrics.csv", [task.name for task in tasks], table)
         logger.info("%d masks: %s", len(table["id"]), line_of(summarize(table)))
     if failed:
         raise UserError(

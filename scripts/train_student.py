@@ -182,7 +182,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import data, launch, losses, metrics, training, underwater
 from common.checkpoints import RunFolder
-from common.images import as_float, find_images, inspect, read_image
+from common.images import as_float, content_hash, find_images, inspect, read_image
 from common.logs import RunLog
 from common.restoration_report import picture_sheet, summary, write_csv
 from common.wavelets import haar, inverse_haar
@@ -260,7 +260,8 @@ class Crops(torch.utils.data.Dataset):
             masks = torch.from_numpy(underwater.crop_masks(label.masks, box, LABEL_SIZE)).flip(flips)
         probs = torch.from_numpy(label.probs) if known["has_probs"] else torch.full((classes,), 1 / classes)
         code = torch.from_numpy(label.code) if known["has_code"] else torch.zeros(size or 0)
-        return {"masks": masks, "probs": probs, "code": code, "confidence": label.confidence if label else 0.0, **known}
+        confidence = np.float32(label.confidence if label else 0)  # Python's float would become a double
+        return {"masks": masks, "probs": probs, "code": code, "confidence": confidence, **known}
 
 
 class WholeImages(torch.utils.data.Dataset):
@@ -685,11 +686,8 @@ def prepare_data(config: Config, accelerator) -> Parts:
                 raise UserError(f"--{name.replace('_', '-')} {channel}: the labels have maps 0 to {audit.classes - 1}.")
     elif config.hf_mask is not None or config.lf_mask is not None:
         raise UserError("--hf-mask and --lf-mask choose maps of the pseudo-labels: give --pseudo-root, or leave them out.")
-    contents = sorted(inspections[path].digest for path in train.files())
-    content = data.fingerprint(np.frombuffer("".join(contents).encode(), np.uint8))
-    return Parts(
-        Crops(train, audit, config), WholeImages(val), {k: WholeImages(v) for k, v in tests.items()}, audit, content
-    )
+    whole = {name: WholeImages(images) for name, images in tests.items()}
+    return Parts(Crops(train, audit, config), WholeImages(val), whole, audit, content_hash(inspections, train.files()))
 
 
 def try_batch(model: nn.Module, config: Config, perceptual: nn.Module | None, dataset: Crops, count: int) -> None:
@@ -756,7 +754,8 @@ def main(config: Config) -> None:
     folder.describe()
 
     model = build()
-    size = (f"{sum(p.numel() for p in model.parameters()):,}", gigaflops(model))
+    parameters = f"{sum(p.numel() for p in model.parameters()):,}"
+    flops = gigaflops(model) if accelerator.is_main_process else math.nan  # which rank 0 alone logs
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
@@ -786,7 +785,7 @@ def main(config: Config) -> None:
         "%d processes x batch %d x accumulation %d = %d images per step, %d steps per epoch, %d in all; %s parameters,"
         " %.1f GFLOPs at 256 x 256",
         accelerator.num_processes, config.batch_size, config.accumulation_steps, sampler.size_of_step,
-        sampler.steps_per_epoch, sampler.total_steps, *size,
+        sampler.steps_per_epoch, sampler.total_steps, parameters, flops,
     )  # fmt: skip
 
     def eval_loader(images: WholeImages, batches: int | None = None) -> torch.utils.data.DataLoader:

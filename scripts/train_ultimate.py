@@ -15,7 +15,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -176,24 +175,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import camouflage, data, launch, losses, training
-from common.camouflage_baselines import fit_and_score
-from common.camouflage_report import (
-    SHOWN,
-    breakdown,
-    columns,
-    difficulty_picture,
-    line_of,
-    mask_sheet,
-    read_levels,
-    routing_picture,
-    routing_report,
-)
+from common.backbones import make_backbone, norm, parts_of, thaw
+from common.camouflage_report import SHOWN, Seen, demo_report, report, score_maps
 from common.checkpoints import RunFolder
-from common.demo_data.camouflage import write
-from common.images import inspect, read_image
-from common.logs import RunLog, setup_logging
-from common.restoration_report import write_csv
-from common.segmentation_metrics import score, score_folders, summarize
+from common.images import content_hash, inspect, read_image
+from common.logs import RunLog
+from common.segmentation_metrics import best_threshold, score, summarize
 
 logger = logging.getLogger("run")
 
@@ -269,11 +256,6 @@ def collate_whole(samples: list[dict]) -> dict:
 def conv(inputs: int, outputs: int, size: int = 3, *, dilation: int = 1, depthwise: bool = False) -> nn.Conv2d:
     padding, groups = dilation * (size // 2), inputs if depthwise else 1
     return nn.Conv2d(inputs, outputs, size, padding=padding, dilation=dilation, groups=groups, bias=False)
-
-
-def norm(width: int) -> nn.GroupNorm:
-    """Not batch normalization: its statistics would depend on the batch per process."""
-    return nn.GroupNorm(math.gcd(8, width), width)
 
 
 class Texture(nn.Module):
@@ -450,45 +432,6 @@ class Mixture(nn.Module):
 # Model
 
 
-def make_backbone(name: str, weights: str, *, scratch: bool) -> nn.Module:
-    """A timm model's feature maps. Sentences for an unknown name and for weights that cannot be had.
-
-    From scratch, batch normalization becomes group normalization, which does not depend on the batch per process; with
-    pretrained weights its statistics stay what they are."""
-    options = {"timm": {"pretrained": True}, "none": {}}.get(
-        weights, {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
-    )
-    if weights not in ("timm", "none") and not Path(weights).is_file():
-        raise UserError(f"--backbone-weights {weights} is no file: give timm, none, or a file with the backbone's weights.")
-    if name.split(".")[0] not in timm.list_models():
-        import difflib
-
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        raise UserError(f"--backbone {name} is unknown to timm {timm.__version__}. Near names: {', '.join(near) or 'none'}.")
-    try:
-        backbone = timm.create_model(name, features_only=True, **options)
-    except (RuntimeError, OSError) as error:
-        if not options:
-            raise UserError(f"--backbone {name} gives no feature maps ({str(error)[:200]}): choose another.") from None
-        raise UserError(
-            f"The weights of --backbone {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}). Without a"
-            " network pass --backbone-weights FILE, or none to train from scratch."
-        ) from None
-    if len(set(backbone.feature_info.reduction())) < 3:
-        raise UserError(f"--backbone {name} has feature maps of fewer than three sizes: choose another.")
-    return group_normalized(backbone) if scratch else backbone
-
-
-def group_normalized(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            act = [child.act] if isinstance(getattr(child, "act", None), nn.Module) else []  # timm joins norm and activation
-            setattr(module, name, nn.Sequential(norm(child.num_features), *act))
-        else:
-            group_normalized(child)
-    return module
-
-
 class Fuse(nn.Module):
     """A coarser map and a finer one."""
 
@@ -541,11 +484,11 @@ class Segmenter(nn.Module):
         levels = [project(features[i]) for i, project in zip(self.used, self.project, strict=True)]
         routed = {str(self.strides[i]): level for i, level in zip(self.used, levels, strict=True)}
         routes = {key: mixture.route(routed[key], without) for key, mixture in self.mixtures.items()}
-        counts = [None] * len(routes)
-        if not dense:  # one transfer for all levels
+        picked, counts = {}, [None] * len(routes)
+        if not dense:
             experts = next(iter(self.mixtures.values())).router.out_features
-            picked = torch.stack([F.one_hot(chosen, experts).sum((0, 1)) for _, chosen, _ in routes.values()])
-            counts = picked.tolist()
+            picked = {key: F.one_hot(chosen, experts).sum((0, 1)) for key, (_, chosen, _) in routes.items()}
+            counts = torch.stack(list(picked.values())).tolist()  # one transfer for all levels
         for (key, (_, chosen, weights)), count in zip(routes.items(), counts, strict=True):
             routed[key] = self.mixtures[key](routed[key], chosen, weights, count)
         levels = list(routed.values())
@@ -564,17 +507,8 @@ class Segmenter(nn.Module):
             "edge": upsample(self.edge(x).float(), images.shape[2:])[:, 0],
             "logits": {key: logits for key, (logits, _, _) in routes.items()},
             "chosen": {key: chosen for key, (_, chosen, _) in routes.items()},
+            "picked": picked,
         }
-
-
-def parts_of(backbone: nn.Module) -> list[tuple[str, list[nn.Parameter]]]:
-    """The backbone's parts with parameters, in the order of the forward pass."""
-    inner = backbone
-    while len(children := [c for c in inner.children() if any(True for _ in c.parameters())]) == 1:
-        inner = children[0]
-    found = [(name, list(child.parameters())) for name, child in inner.named_children()]
-    loose = [(name, [p]) for name, p in inner.named_parameters(recurse=False)]
-    return loose + [(name, parameters) for name, parameters in found if parameters]
 
 
 ROUTER_LR = 0.2  # of the learning rate
@@ -675,13 +609,6 @@ class Plan:
         return factors[int(np.random.default_rng([self.config.seed, 0x5CA1E, step]).integers(len(factors)))]
 
 
-def thaw(model: Segmenter, thawed: int) -> None:
-    parts = parts_of(model.backbone)
-    for number, (_, parameters) in enumerate(parts):
-        for parameter in parameters:
-            parameter.requires_grad_(number >= len(parts) - thawed)
-
-
 def log_groups(optimizer: torch.optim.Optimizer, phase: Phase, plan: Plan) -> None:
     lr = plan.learning_rate(phase.start if phase.start else min(plan.phases[0].end, plan.total_steps) - 1)
     logger.info("Stage %d from step %d: %d of the backbone's parts train", phase.stage, phase.start, phase.thawed)
@@ -712,8 +639,7 @@ def routing(answer: dict, top_k: int) -> dict[str, Tensor]:
     """Sums over images, per level and expert: the share of the choices, and the logit."""
     sums: dict[str, Tensor] = {}
     for key, logits in answer["logits"].items():
-        share = F.one_hot(answer["chosen"][key], logits.shape[1]).sum((0, 1)) / top_k
-        sums |= {f"load/{key}/{i}": value for i, value in enumerate(share.unbind())}
+        sums |= {f"load/{key}/{i}": value for i, value in enumerate((answer["picked"][key] / top_k).unbind())}
         sums |= {f"logit/{key}/{i}": value for i, value in enumerate(logits.detach().sum(0).unbind())}
     return sums
 
@@ -762,11 +688,6 @@ def evaluate(model: Segmenter, loader, accelerator, **how) -> tuple[dict[str, fl
     return summarize(scored), table
 
 
-def best_threshold(table: dict[str, np.ndarray]) -> float:
-    """Where the mean IoU of the validation images is highest, of the levels of an 8-bit map."""
-    return float(table["iou_saved_curve"].mean(0).argmax()) / 255
-
-
 def ablate(model: Segmenter, loader, accelerator, config: Config, whole: np.ndarray) -> dict[str, tuple[float, float]]:
     """Per expert, what the mean IoU loses when it is silent, and by how much the IoU of an image moves either way."""
     lost = {}
@@ -780,6 +701,33 @@ def ablate(model: Segmenter, loader, accelerator, config: Config, whole: np.ndar
 def expert_name(number: int) -> str:
     turn, kind = divmod(number, len(EXPERTS))
     return EXPERTS[kind].__name__.lower() + (str(turn + 1) if turn else "")
+
+
+class RouterWatch:
+    """Warns of an expert that has had less than a tenth of its share for `patience` logged steps: it learns nothing more."""
+
+    def __init__(self, patience: int = 20):
+        self.patience = patience
+        self.starved: dict[tuple[str, int], int] = {}
+
+    def update(self, model: Segmenter) -> None:
+        for key, mixture in model.mixtures.items():
+            for number, load in enumerate(mixture.load.tolist()):
+                starved = load < 0.1 / len(mixture.experts)
+                times = self.starved[key, number] = self.starved.get((key, number), 0) + 1 if starved else 0
+                if times == self.patience:
+                    text = "Router at stride %s: %s gets almost no images; raise --balance-weight"
+                    logger.warning(text, key, expert_name(number))
+
+
+def look(model: Segmenter, sets: dict[str, Masked], accelerator, name: str, index: int) -> Seen:
+    """For the pictures of the report, all at the mask's size."""
+    sample = sets[name][index]
+    images, mask = sample["image"][None], sample["mask"]
+    with accelerator.autocast():
+        maps, _ = predict_maps(model, images.to(accelerator.device), [tuple(mask.shape)])
+    image = upsample(images, mask.shape)[0].permute(1, 2, 0)
+    return Seen(image.numpy(), mask.numpy(), maps[0].float().cpu().numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -799,7 +747,9 @@ class Parts:
 def prepare_data(config: Config, accelerator) -> Parts:
     """Find, check, split. Whatever is wrong with the files is said here, before training starts."""
     if config.demo:
-        data.made_by_main(accelerator, config.dataset_path, partial(write_demo, config.dataset_path))
+        from common.demo_data.camouflage import write  # here: scipy takes its time at every start
+
+        data.made_by_main(accelerator, config.dataset_path, partial(write, config.dataset_path))
     found = camouflage.find_training(config.dataset_path, "--dataset-path", accelerator)
     tests = camouflage.find_tests(config.dataset_path, accelerator=accelerator)
     if config.test_path:
@@ -816,85 +766,8 @@ def prepare_data(config: Config, accelerator) -> Parts:
         logger.info("%s", part.describe())
     camouflage.check_overlap(images, tests, inspections)
     train, val = camouflage.take_validation(images, config.val_share, config.seed)
-    contents = sorted(inspections[path].digest for path in train.images)
-    content = data.fingerprint(np.frombuffer("".join(contents).encode(), np.uint8))
+    content = content_hash(inspections, train.images)
     return Parts(Masked(train, config), Masked(val, config), {k: Masked(v, config) for k, v in tests.items()}, content)
-
-
-def write_demo(folder: Path) -> None:
-    write(folder)
-
-
-def score_maps(predictions: Path, masks: Path) -> None:
-    """Anybody's maps against masks: the benchmark's numbers, and every image in a table beside the maps."""
-    setup_logging()
-    table, names = score_folders(predictions, masks, os.cpu_count() or 1)
-    path = predictions.with_name(f"{predictions.name}-scores.csv")
-    write_csv(path, names, columns(table))
-    logger.info("%d maps: %s; every image: %s", len(names), line_of(summarize(table)), path)
-
-
-STARVED: dict[tuple[str, int], int] = {}
-
-
-def router_alarm(model: Segmenter, patience: int = 20) -> None:
-    """At a logged step: an expert with less than a tenth of its share for so many logged steps learns nothing more."""
-    for key, mixture in model.mixtures.items():
-        for number, load in enumerate(mixture.load.tolist()):
-            starved = load < 0.1 / len(mixture.experts)
-            STARVED[key, number] = STARVED.get((key, number), 0) + 1 if starved else 0
-            if STARVED[key, number] == patience:
-                text = "Router at stride %s: %s gets almost no images; raise --balance-weight"
-                logger.warning(text, key, expert_name(number))
-
-
-def report(config, parts, results, validation, lost, model, accelerator, log, step) -> None:
-    """report.txt, a table per set, pictures: what rank 0 writes at the end."""
-    text = [breakdown(name, table, parts.tests[name].images) for name, (_, table) in results.items()]
-    text += [breakdown("validation", validation[1], parts.val.images), routing_report(validation[1], parts.val.images, lost)]
-    if config.demo:
-        text.append(demo_report(config, parts, results))
-    for name, (_, table) in {"validation": validation, **results}.items():
-        images = parts.val if name == "validation" else parts.tests[name]
-        write_csv(config.output_dir / f"{name}.csv", images.images.stems, columns(table))
-        order = np.argsort(-table["iou"], kind="stable")
-        chosen = list(dict.fromkeys([*order[:2], order[len(order) // 2], *order[-3:]]))  # best, median and worst
-        rows = []
-        for index in chosen:
-            batch = collate_whole([images[int(index)]])
-            with accelerator.autocast():
-                maps, _ = predict_maps(model, batch["image"].to(accelerator.device), [tuple(batch["mask"][0].shape)])
-            picture = upsample(batch["image"], batch["mask"][0].shape)[0].permute(1, 2, 0).numpy()
-            title = f"{images.images.stems[int(index)][-28:]}, IoU {table['iou'][index]:.2f}"
-            rows.append((title, picture, batch["mask"][0].numpy(), maps[0].float().cpu().numpy()))
-        path = config.output_dir / "samples" / f"{name}.png"
-        mask_sheet(path, rows)
-        log.image(name, path, step)
-    path = config.output_dir / "samples" / "routing.png"
-    routing_picture(path, validation[1], parts.val.images, lost)
-    log.image("routing", path, step)
-    summary = "\n\n".join(text)
-    (config.output_dir / "report.txt").write_text(summary + "\n")
-    logger.info("Testing phase completed, see %s and its samples:\n%s", config.output_dir / "report.txt", summary)
-
-
-def demo_report(config: Config, parts: Parts, results: dict) -> str:
-    """The classical baselines on the same images, and IoU against the generator's difficulty."""
-
-    def samples(images: Masked) -> list[tuple[np.ndarray, np.ndarray]]:
-        pairs = ((read_image(i), m) for i, m in zip(images.images.images, images.images.masks, strict=True))
-        return [(pixels, camouflage.read_mask(mask, pixels.shape[:2])) for pixels, mask in pairs]
-
-    (name, (_, table)), *_ = results.items()
-    tests = parts.tests[name]
-    scores = {"this run": table["iou"], **fit_and_score(samples(parts.train)[:150], samples(tests), config.seed)}
-    levels = read_levels(config.dataset_path)
-    level = np.array([levels[stem] for stem in tests.images.stems])
-    difficulty_picture(config.output_dir / "samples" / "difficulty.png", level, scores)
-    title = (
-        f"IoU on {name}, levels {level.min():.2f} to {level.max():.2f} (0 invisible, 1 plain), beside classical baselines"
-    )
-    return "\n".join([title, *(f"  {values.mean():.3f}  {method}" for method, values in scores.items())])
 
 
 def try_batch(model: Segmenter, config: Config, dataset: Masked, count: int) -> None:
@@ -963,7 +836,7 @@ def main(config: Config) -> None:
     guard = training.FiniteGuard(raw, config.max_skipped_steps, accelerator.scaler)
     mode = "min" if config.select == "mae" else "max"
     stopper = training.EarlyStopping([training.Rule(f"val/{config.select}", mode)], config.early_stop_patience)
-    watch = training.TermWatch()
+    watch, router_watch = training.TermWatch(), RouterWatch()
     modules, optimizers = {"model": raw, "ema": ema.module}, {"optimizer": optimizer}
 
     state = {"step": 0, "evaluated": 0, "ended": False}
@@ -1041,7 +914,7 @@ def main(config: Config) -> None:
         if plan.phase(step) is not phase:
             new_stage = phase is None or plan.phase(step).stage != phase.stage
             phase = plan.phase(step)
-            thaw(raw, phase.thawed)
+            thaw(raw.backbone, phase.thawed)
             model = training.rewrap(accelerator, model)
             training.check_replicas(accelerator, raw, f"at step {step}, stage {phase.stage}")
             log_groups(optimizer, phase, plan)
@@ -1090,7 +963,7 @@ def main(config: Config) -> None:
                 named |= {f"{expert_name(i)}/load_{key}": value for i, value in enumerate(mixture.load.tolist())}
             values = {**named, "grad_norm": verdict.grad_norm, "lr": lr, "side": side, "skipped": guard.total}
             log.train(step, plan.epoch(step - 1), values, samples=count, waited=steps.waited)
-            router_alarm(raw)
+            router_watch.update(raw)
         if plan.epoch_ends(step):
             training.check_replicas(accelerator, raw, f"after step {step}")
 
@@ -1104,10 +977,17 @@ def main(config: Config) -> None:
     results = {name: evaluate(ema.module, eval_loader(images), accelerator) for name, images in parts.tests.items()}
     for name, (values, _) in results.items():
         log.evaluation(step, epoch, {f"test/{name}/{key}": value for key, value in values.items()})
-    val_values, val_table = evaluate(ema.module, val_loader, accelerator)
+    _, val_table = evaluate(ema.module, val_loader, accelerator)
     lost = ablate(ema.module, val_loader, accelerator, config, val_table["iou"])
     if accelerator.is_main_process:  # no collective from here on: the others may leave
-        report(config, parts, results, (val_values, val_table), lost, ema.module, accelerator, log, step)
+        sets = parts.tests | {"validation": parts.val}
+        tables = {name: table for name, (_, table) in results.items()} | {"validation": val_table}
+        scored = {name: (sets[name].images, table) for name, table in tables.items()}
+        further = None
+        if config.demo:
+            test = next(iter(scored.values()))
+            further = demo_report(config.output_dir, config.dataset_path, config.seed, parts.train.images, *test)
+        report(config.output_dir, scored, lost, further, partial(look, ema.module, sets, accelerator), log, step)
     folder.finish(step, plan.total_steps)
     log.close()
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from common.demo_data import camouflage, causal_sets, underwater
+from common.demo_data import camouflage, causal_sets, ct, underwater
 
 
 @pytest.fixture(autouse=True)
@@ -34,4 +34,12 @@ def camouflaged(tmp_path_factory):
     """26 pictures with masks, 10 to test on, and a fifth more of each without an object."""
     path = tmp_path_factory.mktemp("data") / "camouflage"
     camouflage.write(path, 26, test=10, noncam=0.2, seed=1, size=64, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chests(tmp_path_factory):
+    """8 patients with 10 scans or so, each of another odd shape of about 40 x 36 x 44 voxels."""
+    path = tmp_path_factory.mktemp("data") / "chests"
+    ct.write(path, 8, seed=1, size=(40, 36, 44), progress=False)
     return path

@@ -35,7 +35,8 @@ class Launch:
         self.id = uuid.uuid4().hex
         self.args = [str(a) for a in args]
         base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        base |= {MARK: self.id, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **(env or {})}
+        base |= {MARK: self.id, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+        base |= {"PYTHONFAULTHANDLER": "1", **(env or {})}
         base = {k: v for k, v in base.items() if v is not None}  # None takes a variable away
         launchers = {
             "python": [sys.executable],
@@ -82,6 +83,7 @@ class Launch:
         try:
             codes = [child.wait(max(0.1, end - time.monotonic())) for child in self.children]
         except subprocess.TimeoutExpired:
+            self.tell_stacks()
             self.kill()
             raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
         return next((code for code in codes if code), 0)
@@ -107,6 +109,15 @@ class Launch:
         mine = [p for p, command in members.items() if ".py" in command and "-m " not in command]
         return sorted(p for p in mine if int(Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[1]) not in mine)
 
+    def tell_stacks(self) -> None:
+        """Before a launch that hangs is killed: each process writes where its threads are (faulthandler's SIGABRT)."""
+        for pid in self.members():
+            try:
+                os.kill(pid, signal.SIGABRT)
+            except ProcessLookupError:
+                pass
+        time.sleep(2)
+
     def kill(self) -> None:
         for pid in self.members():
             try:
@@ -127,6 +138,7 @@ class Launch:
         end = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > end or all(child.poll() is not None for child in self.children):
+                self.tell_stacks()
                 raise AssertionError(f"waited in vain:\n{self.output()}")
             time.sleep(0.02)
 
@@ -138,6 +150,20 @@ def run(args, *, ok: bool = True, timeout: float = 240, **options) -> str:
     text = launch.output()
     assert (code == 0) == ok, f"exit code {code}:\n{text}"
     return text
+
+
+def kill_while_it_writes(module: str, folder: Path, files: str, *flags: str) -> None:
+    """Run a generator with --out `folder` and end it by SIGKILL when its hidden folder holds three of `files`."""
+    command = [sys.executable, "-m", module, "--out", str(folder), "--train", "100000", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(folder.parent.glob(f".{folder.name}.partial-*/{files}"))) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
 
 
 def rows(folder: Path, part: str = "") -> list[dict]:

@@ -2,14 +2,11 @@
 
 import csv
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import kill_while_it_writes
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -17,7 +14,6 @@ from common import camouflage_baselines as baselines
 from common.cli import UserError
 from common.demo_data import camouflage
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(train=8, test=4, noncam=0.5, size=48, progress=False)
 NAME = re.compile(r"COD10K-(CAM|NonCAM)-([1-5])-(Aquatic|Terrestrial|Flying|Amphibian|Other)-(\d+)-([A-Za-z]+)-(\d+)")
 
@@ -231,16 +227,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_killed_write_leaves_no_folder(tmp_path):
-    command = [sys.executable, "-m", "common.demo_data.camouflage", "--out", tmp_path / "set", "--train", "100000"]
-    process = subprocess.Popen([*map(str, command), "--size", "48"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob(".set.partial-*/Train/GT_Edge/*"))) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_while_it_writes("common.demo_data.camouflage", tmp_path / "set", "Train/GT_Edge/*", "--size", "48")
     assert not (tmp_path / "set").exists()
 
 

@@ -1,21 +1,17 @@
 """The underwater generator: its physics is what it says, its parts share nothing, its folders are whole."""
 
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import kill_while_it_writes
 from PIL import Image
 
 from common.cli import UserError
 from common.demo_data import underwater
 from common.demo_data.underwater import JERLOV, MAPS, TURBID, WATERS
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(train=4, test=2, nonref=2, size=(48, 64), label_size=8, progress=False)
 
 
@@ -281,16 +277,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_killed_write_leaves_no_folder(tmp_path):
-    command = [sys.executable, "-m", "common.demo_data.underwater", "--out", tmp_path / "set", "--train", "100000"]
-    process = subprocess.Popen([*map(str, command), "--size", "48", "60"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob(".set.partial-*/pseudo/train/*"))) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_while_it_writes("common.demo_data.underwater", tmp_path / "set", "pseudo/train/*", "--size", "48", "60")
     assert not (tmp_path / "set").exists()
 
 

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from common.cli import UserError
 from common.restoration_report import write_csv
-from common.segmentation_metrics import score, score_folders, summarize, without_curves
+from common.segmentation_metrics import score, score_folders, summarize
 
 
 class ExactSmeasure(py_sod_metrics.Smeasure):
@@ -259,12 +259,12 @@ def test_folders(folders, caplog, tmp_path):
         prediction = cv2.resize(prediction, (56, 40), interpolation=cv2.INTER_LINEAR)
         for column, value in alone(prediction, target).items():
             np.testing.assert_array_equal(table[column][i], value, err_msg=f"{name} {column}")
-    write_csv(tmp_path / "scores.csv", names, without_curves(table))
+    write_csv(tmp_path / "scores.csv", names, table)
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert len(lines) == 6 and lines[1].startswith("image0,")
     columns = lines[0].split(",")
-    assert {"wfm", "iou", "fm_mean", "em_mean"} < set(columns) and not any("curve" in column for column in columns)
-    assert float(lines[2].split(",")[columns.index("fm_mean")]) == pytest.approx(table["fm_curve"][1].mean(), rel=1e-5)
+    assert {"wfm", "iou", "fm_adp", "em_adp"} < set(columns) and not any("curve" in column for column in columns)
+    assert float(lines[2].split(",")[columns.index("fm_adp")]) == pytest.approx(table["fm_adp"][1], rel=1e-5)
 
 
 def test_folders_without_a_pair(folders, tmp_path):

@@ -401,7 +401,8 @@ def test_every_crop_size_trains_with_labels_of_every_size(water, tmp_path, size)
     batch = default_collate([dataset[0, index] for index in range(3)])
     model = untrained(classes=10, teacher=12)
     terms = job.loss_terms(config, job.forward(model, batch), batch, None)
-    assert terms.keys() == set(job.WEIGHTS) - {"perceptual"} and all(term.shape == (3,) for term in terms.values())
+    assert terms.keys() == set(job.WEIGHTS) - {"perceptual"}
+    assert {(*term.shape, term.dtype) for term in terms.values()} == {(3, torch.float32)}
     sum(term.mean() for term in terms.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -340,7 +340,7 @@ def test_parts_and_groups_hold_every_parameter_once_and_all_of_them_learn(name):
         sum(term.sum() for term in terms.values()).backward()
         assert [key for key, value in model.named_buffers() if not torch.equal(value, statistics[key])] == []
         assert [key for key, p in model.named_parameters() if p.grad is None] == []
-        job.thaw(model, 1)
+        job.thaw(model.backbone, 1)
         live = {id(p) for p in backbone.parameters() if p.requires_grad}
         assert live == {id(p) for p in parts[-1][1]}
 
@@ -447,6 +447,15 @@ def test_a_collapsed_router_recovers_by_the_balance_loss_or_by_the_centre(remedy
     assert layer.load.tolist() == pytest.approx(share.tolist(), abs=0.1)
     share = torch.stack(seen[-20:]).mean(0)
     assert share[0] > 0.47 if remedy == "none" else 0.05 < share.min() < share.max() < 0.25
+
+
+def test_an_expert_that_starves_is_named_once(caplog):
+    watch, model = job.RouterWatch(patience=3), SimpleNamespace(mixtures={"8": mixture()})
+    for loads in ([0.9] + [0.1 / 6] * 6, [0.01] + [0.165] * 6, *[[0.165] * 6 + [0.01]] * 5, [1 / 7] * 7):
+        model.mixtures["8"].load.copy_(torch.tensor(loads))
+        watch.update(model)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["Router at stride 8: contrast gets almost no images; raise --balance-weight"]
 
 
 def test_dense_is_sparse_with_its_gradients():

@@ -29,9 +29,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
-import secrets
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +40,7 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from common.cli import UserError, sentences
+from common.files import made_whole
 
 # (number in COD10K, name, elongation, bumpiness of the outline)
 SUPER_CLASSES: dict[str, tuple[tuple[int, str, float, float], ...]] = {
@@ -272,35 +270,30 @@ def write(
         raise UserError(f"{folder} exists already: choose another --out or delete it first.")
     if not 0 <= low <= high <= 1:
         raise UserError(f"--difficulty is {low:g} {high:g}: give the lowest and the highest level, between 0 and 1.")
-    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     counts = {"train": train, "test": test}
     numbers = {True: 0, False: 0}  # as in COD10K, no number occurs in both parts
     levels = []
-    try:
-        (partial / "Info").mkdir(parents=True)
-        total = sum(count + round(count * noncam) for count in counts.values())
-        with tqdm(total=total, desc="camouflage", unit=" pictures", disable=not progress) as bar:
-            for part, count in counts.items():
-                for kind in ("Image", "GT_Object", "GT_Edge"):
-                    (partial / part.title() / kind).mkdir(parents=True)
-                for camouflaged, group in ((True, "CAM"), (False, "NonCAM")):
-                    names = []
-                    for index in range(count if camouflaged else round(count * noncam)):
-                        settings = dict(seed=seed, size=size, difficulty=difficulty)
-                        picture = make_picture(part, index, camouflaged=camouflaged, **settings)
-                        numbers[camouflaged] += 1
-                        names.append(f"COD10K-{group}-{picture.label}-{numbers[camouflaged]}")
-                        _save(partial / part.title(), names[-1], picture, twice=index % ODD_MASK == 5)
-                        if camouflaged:
-                            levels.append((names[-1], f"{picture.level:.4f}"))
-                        bar.update()
-                    (partial / "Info" / f"{group}_{part}.txt").write_text("".join(f"{name}.jpg\n" for name in names))
+    total = sum(count + round(count * noncam) for count in counts.values())
+    bar = tqdm(total=total, desc="camouflage", unit=" pictures", disable=not progress)
+    with made_whole(folder) as partial, bar:
+        (partial / "Info").mkdir()
+        for part, count in counts.items():
+            for kind in ("Image", "GT_Object", "GT_Edge"):
+                (partial / part.title() / kind).mkdir(parents=True)
+            for camouflaged, group in ((True, "CAM"), (False, "NonCAM")):
+                names = []
+                for index in range(count if camouflaged else round(count * noncam)):
+                    settings = dict(seed=seed, size=size, difficulty=difficulty)
+                    picture = make_picture(part, index, camouflaged=camouflaged, **settings)
+                    numbers[camouflaged] += 1
+                    names.append(f"COD10K-{group}-{picture.label}-{numbers[camouflaged]}")
+                    _save(partial / part.title(), names[-1], picture, twice=index % ODD_MASK == 5)
+                    if camouflaged:
+                        levels.append((names[-1], f"{picture.level:.4f}"))
+                    bar.update()
+                (partial / "Info" / f"{group}_{part}.txt").write_text("".join(f"{name}.jpg\n" for name in names))
         with open(partial / "Info" / "difficulty.csv", "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("name", "level"), *levels])
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _save(folder: Path, name: str, picture: Picture, twice: bool) -> None:

@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +32,7 @@ from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
 from common.cli import UserError, sentences
+from common.files import made_whole
 
 MAPS = (
     "red_loss",  # 1 - T of the red channel: the share of the scene's red light that is lost on the way to the camera
@@ -496,7 +494,6 @@ def write(
     folder = Path(folder).absolute()
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another --out or delete it first.")
-    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     counts = {"train": train, "test": test, "challenging": nonref // 2, "nonref": nonref}
     places = {
         "train": ("UIEB/raw-890/{}.png", "UIEB/reference-890/{}.png"),
@@ -504,25 +501,21 @@ def write(
         "challenging": ("UIEB/challenging-60/{}.png",),
         "nonref": ("testset_nonref/turbid/{}.jpg",),
     }
-    labels = partial / "pseudo" / "train"
-    try:
+    bar = tqdm(total=sum(counts.values()), desc="underwater", unit=" pictures", disable=not progress)
+    with made_whole(folder) as partial, bar:
+        labels = partial / "pseudo" / "train"
         for path in [labels, *((partial / place).parent for every in places.values() for place in every)]:
             path.mkdir(parents=True)
-        with tqdm(total=sum(counts.values()), desc="underwater", unit=" pictures", disable=not progress) as bar:
-            for part, count in counts.items():
-                for index in range(count):
-                    raw, clean, maps, water = make_picture(part, index, seed=seed, size=size)
-                    stem = f"{part}-{index:04d}-{water.name}"
-                    for place, picture in zip(places[part], (raw, clean), strict=False):
-                        pixels = np.rint(picture * 255).astype(np.uint8)
-                        Image.fromarray(pixels).save(partial / place.format(stem), quality=92)
-                    if part == "train":
-                        np.savez(labels / f"{stem}.npz", **_label(maps, water, label_size))
-                    bar.update()
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+        for part, count in counts.items():
+            for index in range(count):
+                raw, clean, maps, water = make_picture(part, index, seed=seed, size=size)
+                stem = f"{part}-{index:04d}-{water.name}"
+                for place, picture in zip(places[part], (raw, clean), strict=False):
+                    pixels = np.rint(picture * 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(partial / place.format(stem), quality=92)
+                if part == "train":
+                    np.savez(labels / f"{stem}.npz", **_label(maps, water, label_size))
+                bar.update()
 
 
 def _label(maps: np.ndarray, water: Water, size: int) -> dict[str, np.ndarray]:

@@ -8,10 +8,10 @@ Everything in one process, alternating A B A B; medians of the paired ratios, wi
 
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import timing
 import torch
 from torch import nn
 
@@ -26,7 +27,8 @@ from common import causal_sets
 from common.demo_data.causal_sets import make_set, write, write_zarr
 from scripts import train_quantumgrav as job
 
-WIDTH, LAYERS, BATCH, ATOMS, ROUNDS = 48, 3, 32, 60, 7
+WIDTH, LAYERS, BATCH, ATOMS = 48, 3, 32, 60
+paired = partial(timing.paired, rounds=7, clock=time.perf_counter)  # waiting for files counts
 
 
 def geometric_network(kind: str) -> nn.Module:
@@ -49,27 +51,6 @@ def geometric_network(kind: str) -> nn.Module:
             return self.out(global_mean_pool(x, batch.batch))
 
     return Net()
-
-
-def timed(function, times: int) -> float:
-    began = time.perf_counter()
-    for _ in range(times):
-        function()
-    return (time.perf_counter() - began) / times
-
-
-def paired(ours, theirs, times: int) -> dict[str, float]:
-    timed(ours, 2), timed(theirs, 2)
-    pairs = [(timed(ours, times), timed(theirs, times)) for _ in range(ROUNDS)]
-    ratios = sorted(b / a for a, b in pairs)
-    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {
-        "ours_ms": mine * 1e3,
-        "theirs_ms": other * 1e3,
-        "faster": statistics.median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
-    }
 
 
 def network_speed() -> dict[str, dict[str, float]]:
@@ -98,7 +79,7 @@ def network_speed() -> dict[str, dict[str, float]]:
     results = {}
     for kind in ("DirGNN-SAGE", "GATv2"):
         other = geometric_network(kind)
-        results[kind] = paired(ours, lambda other=other: criterion(other(theirs_batch), target).backward(), 5)
+        results[kind] = paired(ours, lambda other=other: criterion(other(theirs_batch), target).backward(), times=5)
     return results
 
 
@@ -112,7 +93,9 @@ def reading_speed(folder: Path) -> dict[str, float]:
     pick = iter(draws * 10)
     groups = [causal_sets._zarr_groups(folder / "q.zarr")[i] for i in range(200)]
     return paired(
-        lambda: store.matrix(next(pick)), lambda: np.asarray(zarr.open_group(groups[next(pick)], mode="r")["adj"][:]), 50
+        lambda: store.matrix(next(pick)),
+        lambda: np.asarray(zarr.open_group(groups[next(pick)], mode="r")["adj"][:]),
+        times=50,
     )
 
 

@@ -9,10 +9,8 @@ largest, of CPU time, which other programs disturb least. Both sides must give t
 
 import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,33 +21,12 @@ import numpy as np
 import torch
 from pytorch_msssim import ssim as pytorch_msssim
 from test_metrics import distorted, slow_uciqe, slow_uiqm, smooth, tensor
+from timing import paired
 from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
 
 from common.metrics import NR_VARIANTS, ssim, uciqe, uiqm
 
-ROUNDS = 5
 IMAGES = [distorted(smooth(256, 256, k % 3), seed=k, sigma=8) for k in range(4)]
-
-
-def timed(function: Callable[[], object], times: int) -> float:
-    began = time.process_time()
-    for _ in range(times):
-        function()
-    return (time.process_time() - began) / times
-
-
-def paired(ours: Callable[[], object], theirs: Callable[[], object], times: int) -> dict[str, float]:
-    timed(ours, 1), timed(theirs, 1)
-    pairs = [(timed(ours, times), timed(theirs, times)) for _ in range(ROUNDS)]
-    ratios = sorted(b / a for a, b in pairs)
-    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {
-        "ours_ms": mine * 1e3,
-        "theirs_ms": other * 1e3,
-        "faster": statistics.median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
-    }
 
 
 def without_reference() -> dict[str, dict[str, float]]:
@@ -64,7 +41,7 @@ def without_reference() -> dict[str, dict[str, float]]:
                 return np.array([slow(image, variant) for image in IMAGES])
 
             np.testing.assert_allclose(ours(), theirs(), rtol=1e-4)
-            results[f"{fast.__name__} {variant}, NumPy with loops"] = paired(ours, theirs, 1)
+            results[f"{fast.__name__} {variant}, NumPy with loops"] = paired(ours, theirs)
     return results
 
 
@@ -96,7 +73,7 @@ def similarity() -> dict[str, dict[str, float]]:
         for what, run in (("ssim", value), ("ssim and its gradient", gradient)):
             mine, other = run(equal), run(theirs)
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
-            results[f"{what}, {name}"] = paired(lambda run=run: run(ssim), lambda run=run, theirs=theirs: run(theirs), 3)
+            results[f"{what}, {name}"] = paired(partial(run, ssim), partial(run, theirs), times=3)
     return results
 
 

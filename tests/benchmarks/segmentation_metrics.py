@@ -9,11 +9,9 @@ is the worst case.
 
 import json
 import os
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,29 +23,10 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 from test_segmentation_metrics import Reference, alone
+from timing import paired
 
 warnings.simplefilter("ignore")  # pysodmetrics on its Fmeasure
-ROUNDS, IMAGES = 5, 3
-
-
-def timed(function: Callable[[], object]) -> float:
-    began = time.process_time()
-    function()
-    return time.process_time() - began
-
-
-def paired(ours: Callable[[], object], theirs: Callable[[], object]) -> dict[str, float]:
-    ours(), theirs()
-    pairs = [(timed(ours), timed(theirs)) for _ in range(ROUNDS)]
-    ratios = sorted(b / a for a, b in pairs)
-    mine, other = (statistics.median(column) / IMAGES * 1e3 for column in zip(*pairs, strict=True))
-    return {
-        "ours_ms": mine,
-        "theirs_ms": other,
-        "faster": statistics.median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
-    }
+IMAGES = 3
 
 
 def animal(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,14 +63,10 @@ def main() -> None:
                 for name, value in reference(*case).items():
                     np.testing.assert_allclose(mine[name], value, rtol=0, atol=1e-6, err_msg=name)
 
-            def ours(cases=cases):
-                return [alone(*case) for case in cases]
-
-            def theirs(cases=cases):
-                return [reference(*case) for case in cases]
-
+            first, second = cycle(cases), cycle(cases)
+            found = paired(lambda c=first: alone(*next(c)), lambda c=second: reference(*next(c)), times=IMAGES)
             area = np.mean([target.mean() / 255 for _, target in cases])
-            results[f"{width} x {height}, {make.__name__} on {area:.0%}"] = paired(ours, theirs)
+            results[f"{width} x {height}, {make.__name__} on {area:.0%}"] = found
     print(f"{'ms per image':34}{'ours':>9}{'theirs':>9}{'times as fast':>26}")
     for name, r in results.items():
         spread = f"{r['faster']:.2f} [{r['least']:.2f}, {r['most']:.2f}]"
