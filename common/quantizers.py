@@ -29,13 +29,12 @@ class Quantized(NamedTuple):
 
 
 @contextmanager
-def true_float32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32, which `launch.start` allows: both would send tokens to codes that are not the nearest."""
+def true_float32() -> Iterator[None]:
+    """No TF32, which `launch.start` allows: it would send tokens to codes that are not the nearest."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -118,7 +117,7 @@ class EMACodebook(nn.Module):
         rows = min(self.chunk or max(1, held // len(filled)), len(tokens))
         scores = tokens.new_empty(rows, len(filled))  # once: with one per block the heap grew by 0.8 GB now and then
         indices, nearness = filled.new_empty(len(tokens)), tokens.new_empty(len(tokens))
-        with true_float32(tokens.device):
+        with true_float32():  # and autocast leaves products alone that have an `out`
             for part, index, near in zip(tokens.split(rows), indices.split(rows), nearness.split(rows), strict=True):
                 folded = torch.mm(part, codes, out=scores[: len(part)]).view(len(part), -1, FOLD)
                 column = folded.amax(1).argmax(1)

@@ -160,8 +160,8 @@ def _refined(mask: np.ndarray, steps: list[int], fits: np.ndarray) -> np.ndarray
 
 def resize_baseline(hu: np.ndarray, bits_per_voxel: float, stored_bits: int = 16) -> np.ndarray:
     """The volume after a resize to as many bits as a codec with `bits_per_voxel` uses, rounded up: averages over boxes of
-    equal size, kept as whole HU, with trilinear interpolation between them. Clip the volume to the window before: a codec
-    does, and the averages suffer from values beyond it."""
+    equal size, kept as whole HU, with trilinear interpolation between them. That is what resizing usually means, not the
+    best of its kind: numbers fitted by least squares score 1.8 dB more at 0.14 bits and 3.1 at 1 bit (one demo scan)."""
     factor = (stored_bits / bits_per_voxel) ** (1 / 3)
     sizes = [min(math.ceil(n / factor - 1e-9), n) for n in hu.shape]
     down = [_averages(n, m) for n, m in zip(hu.shape, sizes, strict=True)]

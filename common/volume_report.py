@@ -93,7 +93,7 @@ def planes_sheet(path: Path, views: Sequence[ScanView], *, hu_min: float, hu_max
                 axis.set_yticks([])
             line[0].set_ylabel(name, fontsize=9)
             for place, side in zip((0.04, 0.96), sides, strict=True):
-                line[0].text(place, 0.5, side, transform=line[0].transAxes, color="yellow", ha="center")
+                line[0].text(place, 0.9, side, transform=line[0].transAxes, color="yellow", ha="center")
         for axis, title in zip(axes[0], titles, strict=True):
             axis.set_title(title, fontsize=9)
         block.colorbar(shown, ax=axes[:, 2], label="error, HU", shrink=0.6, panchor=False, extend="both")

@@ -1,8 +1,8 @@
 """CT scans to the codes of a trained VQ-GAN and back: files and folders in, the same shapes, places and orientations out.
 
-    python scripts/predict_vqgan.py --checkpoint runs/vqgan-demo/model --input data/ct --output out --reconstruct
-    python scripts/predict_vqgan.py --checkpoint runs/vqgan-demo/model --input data/ct --output codes --encode
-    python scripts/predict_vqgan.py --checkpoint runs/vqgan-demo/model --input codes --output out --decode
+    python scripts/predict_vqgan.py --model runs/vqgan-demo/model --inputs data/ct --output-dir out --reconstruct
+    python scripts/predict_vqgan.py --model runs/vqgan-demo/model --inputs data/ct --output-dir codes --encode
+    python scripts/predict_vqgan.py --model runs/vqgan-demo/model --inputs codes --output-dir out --decode
 
 Several GPUs: `accelerate launch` in front, as for training. For a model that is trained on codes, --encode writes
     <name>.npz     `codes`, (x, y, z) in RAS order, int16, or int32 above 32,768 codes; `about`, JSON: what decoding needs
@@ -30,11 +30,11 @@ from common.cli import UserError, parse_only, sentences
 class Config:
     """Encode CT scans with a trained VQ-GAN, decode their codes, or both."""
 
-    checkpoint: Path
+    model: Path
     """The model/ folder of a run."""
-    input: Path
-    """A scan (.nii, .nii.gz) or a folder of them, with --decode a code file or folder; sub-folders are kept."""
-    output: Path | None = None
+    inputs: tuple[Path, ...] = ()
+    """Scans (.nii, .nii.gz), with --decode code files, and folders of them; sub-folders are kept."""
+    output_dir: Path | None = None
     """Folder for what is made."""
     encode: bool = False
     """Scans to code files."""
@@ -56,8 +56,12 @@ class Config:
         modes = self.encode + self.decode + self.reconstruct
         if modes > 1 or (self.decode and self.check_tiling) or not (modes or self.check_tiling):
             raise ValueError("Give one of --encode, --decode and --reconstruct; --check-tiling alone or with scans.")
-        if modes and not self.output:
-            raise ValueError("--output is missing: give the folder for what is made.")
+        if modes and not self.output_dir:
+            raise ValueError("--output-dir is missing: give the folder for what is made.")
+        if self.output_dir and not modes:
+            raise ValueError("--output-dir: --check-tiling alone makes nothing; add --encode or --reconstruct.")
+        if not self.inputs:
+            raise ValueError("--inputs is missing: give files or folders.")
         if self.tile_size < 16:
             raise ValueError(f"--tile-size {self.tile_size}: give 16 or more.")
 
@@ -91,28 +95,42 @@ def find_codes(root: Path) -> list[Path]:
     if root.is_file() and root.suffix == ".npz":
         return [root]
     if not root.exists():
-        raise UserError(f"--input {root} does not exist.")
+        raise UserError(f"--inputs {root} does not exist.")
     hidden = (path for path in root.rglob("*.npz") if not any(p.startswith(".") for p in path.relative_to(root).parts))
     found = sorted(hidden)
     if not found:
-        raise UserError(f"--input {root} holds no code files (.npz), which --decode needs: make some with --encode.")
+        raise UserError(f"--inputs {root} holds no code files (.npz), which --decode needs: make some with --encode.")
+    return found
+
+
+def find_sources(config: Config) -> dict[tuple[Path, Path], None]:
+    """Every file with its path below --inputs, once."""
+    found: dict[tuple[Path, Path], None] = {}
+    for path in config.inputs:
+        sources = find_codes(path) if config.decode else ct.find_volumes(path, "--inputs")
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir() and config.output_dir.resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"--output-dir {config.output_dir} lies in --inputs {path}, among the originals: choose a folder outside."
+            )
+        found |= {(source, source.relative_to(folder)): None for source in sources}
     return found
 
 
 def plan(config: Config) -> list[Task]:
     """Every input with the file that it becomes; whatever would overwrite something else is refused here."""
-    sources = find_codes(config.input) if config.decode else ct.find_volumes(config.input, "--input")
-    folder = config.input if config.input.is_dir() else config.input.parent
-    if config.input.is_dir() and config.output.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--output {config.output} lies in --input {folder}, among the originals: choose a folder outside.")
-    originals, owner, tasks = {source.resolve() for source in sources}, {}, []
-    for source in sources:
-        name = re.sub(r"\.(nii(\.gz)?|npz)$", "", source.relative_to(folder).as_posix(), flags=re.IGNORECASE)
-        output = config.output / f"{name}{'.npz' if config.encode else '.nii.gz'}"
+    found, owner, tasks = find_sources(config), {}, []
+    originals = {source.resolve() for source, _ in found}
+    for source, relative in found:
+        name = re.sub(r"\.(nii(\.gz)?|npz)$", "", relative.as_posix(), flags=re.IGNORECASE)
+        output = config.output_dir / f"{name}{'.npz' if config.encode else '.nii.gz'}"
         if output in owner:
-            raise UserError(f"{owner[output]} and {source} would both be written to {output}: rename one of them.")
+            raise UserError(
+                f"{owner[output]} and {source} would both be written to {output}: give each its own --output-dir, or rename"
+                " one."
+            )
         if output.resolve() in originals:
-            raise UserError(f"{output} is an --input and would be overwritten: change --output.")
+            raise UserError(f"{output} is one of --inputs and would be overwritten: change --output-dir.")
         owner[output] = source
         tasks.append(Task(name, source, {"made": output}, source if config.reconstruct else None))
     return tasks
@@ -132,14 +150,12 @@ def without_the_done(tasks: list[Task], config: Config) -> list[Task]:
 
 
 def load_model(folder: Path) -> tuple[job.VQGAN, dict]:
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).exists():
-            raise UserError(f"--checkpoint {folder} holds no {name}: give the model/ folder of a run.")
+    predict.check_model(folder)
     try:
         return job.load_model(folder)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--checkpoint {folder} is no intact model of train_vqgan.py ({reason}).") from None
+        raise UserError(f"--model {folder} is no intact model of train_vqgan.py ({reason}).") from None
 
 
 def describe(model: job.VQGAN, saved: dict, folder: Path) -> dict:
@@ -154,27 +170,27 @@ def describe(model: job.VQGAN, saved: dict, folder: Path) -> dict:
     state = dict(sorted(model.state_dict().items()))
     meaning = [tensor for name, tensor in state.items() if not name.startswith("decoder.")]
     hashes = {"codes": fingerprint(meaning), "weights": fingerprint(state.values())}
-    return {**hashes, "checkpoint": str(folder), **saved}
+    return {**hashes, "folder": str(folder), **saved}
 
 
 def check_output(config: Config, about: dict) -> None:
-    path = config.output / "model.json"
+    path = config.output_dir / "model.json"
     key = "codes" if config.encode else "weights"
     if path.exists() and not config.overwrite and json.loads(path.read_text())[key] != about[key]:
         raise UserError(
-            f"--output {config.output} holds files of another model (its model.json says which): choose another folder, or"
-            " replace them by --overwrite."
+            f"--output-dir {config.output_dir} holds files of another model (its model.json says which): choose another"
+            " folder, or replace them by --overwrite."
         )
 
 
 def write_about(config: Config, about: dict, model: job.VQGAN) -> None:
-    config.output.mkdir(parents=True, exist_ok=True)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     if config.encode:
         vectors = model.quantizer.decode(torch.arange(model.quantizer.count)[None])[0].T
-        temporary = config.output / ".codebook.partial.npy"
+        temporary = config.output_dir / ".codebook.partial.npy"
         np.save(temporary, vectors.numpy())
-        os.replace(temporary, config.output / "codebook.npy")
-    write_atomically(config.output / "model.json", json.dumps(about, indent=1))
+        os.replace(temporary, config.output_dir / "codebook.npy")
+    write_atomically(config.output_dir / "model.json", json.dumps(about, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,9 +215,7 @@ def read_codes(path: Path) -> tuple[np.ndarray, dict]:
 def check_codes(path: Path, codes: np.ndarray, about: dict, model: job.VQGAN, meaning: str) -> None:
     """They may come from elsewhere, from a model that invents codes for example."""
     if about["model"] != meaning:
-        raise UserError(
-            f"{path} holds codes of another model ({about['model']}, --checkpoint is {meaning}): give the right one."
-        )
+        raise UserError(f"{path} holds codes of another model ({about['model']}, --model is {meaning}): give the right one.")
     cells = tuple(-(-side // step) for side, step in zip(about["geometry"]["shape"], model.factor, strict=True))
     if codes.shape != cells:
         raise UserError(f"{path} holds codes of the shape {codes.shape}; its geometry needs {cells}.")
@@ -312,10 +326,10 @@ def check_tiling(coder: job.Coder, path: Path, tile_size: int) -> None:
 
 def main(config: Config) -> None:
     setup_logging()
-    model, saved = load_model(config.checkpoint)
-    about = describe(model, saved, config.checkpoint)
+    model, saved = load_model(config.model)
+    about = describe(model, saved, config.model)
     tasks = []
-    if config.output:
+    if config.output_dir:
         tasks = plan(config)
         check_output(config, about)
     accelerator = predict.start(config.mixed_precision)
@@ -328,7 +342,7 @@ def main(config: Config) -> None:
     for network in (model.encoder, model.decoder):
         network.register_forward_hook(refuse_infinite)  # not before: the coder has measured their reach with NaN
     if config.check_tiling and accelerator.is_main_process:
-        check_tiling(coder, ct.find_volumes(config.input, "--input")[0], config.tile_size)
+        check_tiling(coder, ct.find_volumes(config.inputs[0], "--inputs")[0], config.tile_size)
     if tasks:
         tasks = without_the_done(tasks, config)
         read = read_codes if config.decode else ct.read_scan
@@ -336,10 +350,10 @@ def main(config: Config) -> None:
         # a scan is its own reference, and has been read
         table, failed = predict.work_through(tasks, read, lambda path: None, work, accelerator)
         if table and accelerator.is_main_process:
-            report(table, tasks, config.output)
+            report(table, tasks, config.output_dir)
         if failed:
             raise UserError(f"{len(failed)} of {len(tasks)} files failed: {some(failed)}; the warnings above say why.")
-        logger.info("%d files: %s", len(tasks), config.output)
+        logger.info("%d files: %s", len(tasks), config.output_dir)
     accelerator.end_training()
 
 

@@ -6,9 +6,9 @@ Demo on a CPU (makes its own patients, about ten minutes):
 One GPU:
     accelerate launch --config_file accelerate_configs/1xgpu.yaml scripts/train_vqgan.py --dataset-path data/ct
 
-Four GPUs, with a perceptual loss on slices of all three axes:
+Four GPUs, with a local file for the perceptual loss:
     accelerate launch --config_file accelerate_configs/4xh200.yaml scripts/train_vqgan.py --dataset-path data/ct \
-        --perceptual timm:vgg19 --perceptual-weight 1
+        --perceptual timm:vgg19@vgg19.safetensors --batch-size 4
 """
 
 import json
@@ -44,6 +44,8 @@ class Config(RunConfig):
         "width": 8,
         "blocks": 1,
         "n_codes": 512,
+        "codebook_decay": 0.9,
+        "restart_below": 0.1,
         "disc_width": 8,
         "epochs": 10,
         "batch_size": 8,
@@ -68,7 +70,7 @@ class Config(RunConfig):
     cache_path: Path | None = None
     """Where the scans are kept as int16 arrays, made by the first run; unset: <dataset-path>/.cache."""
     patient_pattern: str | None = None
-    """Regular expression on the file name; its group is the patient. Unset: up to the first number, train_1 of train_1_a_1."""
+    """Regular expression on the file name; its group is the patient. Unset: up to the first number, train_1 of train_1_a."""
     max_patients: int | None = None
     """Use so many patients only, drawn by the seed."""
     val_patients: int = 8
@@ -129,7 +131,7 @@ class Config(RunConfig):
     """Latents towards their codes."""
     perceptual: str = "timm:vgg19"
     """Network of the perceptual loss: timm:NAME, or timm:NAME@FILE with its weights."""
-    perceptual_weight: float = 0.0
+    perceptual_weight: float = 1.0
     """Distance of the features of slices along three axes."""
     slices: int = 2
     """Slices along each axis that the perceptual loss and the slice discriminator see of a patch."""
@@ -258,7 +260,7 @@ class Patches(torch.utils.data.Dataset):
             "volume": torch.from_numpy(ct.to_unit(hu, config.hu_min, config.hu_max))[None],
             # what the losses look at is the sample's own draw: the same on any number of processes
             "slices": torch.from_numpy(slices.astype(np.float32)),
-            "picks": torch.from_numpy(rng.random(PICKS, np.float32)),
+            "picks": torch.from_numpy(rng.random(PICKS)),
             "id": index,
         }
 
@@ -273,7 +275,7 @@ class Scans(torch.utils.data.Dataset):
         return len(self.scans)
 
     def __getitem__(self, index: int) -> dict:
-        return {"id": index, "hu": torch.from_numpy(np.array(np.load(self.scans[index].array, mmap_mode="r")))}
+        return {"id": index, "hu": torch.from_numpy(np.load(self.scans[index].array))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,6 +481,15 @@ class Coder:
 # Losses
 
 
+def share(terms: dict[str, Tensor], sampler: data.StepSampler) -> dict[str, Tensor]:
+    """Of the global batch's mean: summed over micro-batches and processes it is the same on any number of them."""
+    return {name: term.sum() / sampler.size_of_step for name, term in terms.items()}
+
+
+def weighted(terms: dict[str, Tensor], config: Config) -> Tensor:
+    return sum(term * getattr(config, f"{name}_weight") for name, term in terms.items())
+
+
 def reconstruction_terms(output: Output, batch: dict[str, Tensor], perceptual: nn.Module | None) -> dict[str, Tensor]:
     """Per sample, without their weights."""
     target = batch["volume"]
@@ -558,6 +569,21 @@ def evaluate(
     return values | {"codes_used": use.used, "code_perplexity": use.perplexity}, table
 
 
+def draw(coder: Coder, scans: Scans, indices, config: Config, name: str) -> Path:
+    """samples/<name>.png: three planes of some scans, what is made of them, and the error."""
+    window = {"hu_min": config.hu_min, "hu_max": config.hu_max}
+    views = []
+    for index in indices:
+        if index < len(scans):
+            scan, hu = scans.scans[int(index)], scans[int(index)]["hu"]
+            output = coder.decode(coder.encode(hu), hu.shape)
+            values = scores(output, hu, **window, masks={})
+            views.append(ScanView(scan.path.name, hu.numpy(), output.numpy(), scan.spacing, values))
+    path = config.output_dir / "samples" / f"{name}.png"
+    planes_sheet(path, views, **window)
+    return path
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and model for main
 
@@ -579,14 +605,14 @@ def prepare_data(config: Config, accelerator) -> Parts:
 
         data.made_by_main(accelerator, DEMO, partial(write, DEMO))
     paths = ct.find_volumes(config.dataset_path, "--dataset-path")
-    cache = config.cache_path or config.dataset_path / ".cache"
-    scans = ct.prepare_scans(paths, cache, config.patient_pattern or ct.PATIENT, accelerator)
-    logger.info("%s", ct.describe(scans, config.hu_min, config.hu_max))
+    pattern = config.patient_pattern or ct.PATIENT
     if config.max_patients:
-        patients = sorted({scan.patient for scan in scans})
+        patients = sorted({ct.patient_of(path, pattern) for path in paths})
         order = np.random.default_rng([config.seed, len(patients)]).permutation(len(patients))
         kept = {patients[i] for i in order[: config.max_patients]}
-        scans = [scan for scan in scans if scan.patient in kept]
+        paths = [path for path in paths if ct.patient_of(path, pattern) in kept]
+    scans = ct.prepare_scans(paths, config.cache_path or config.dataset_path / ".cache", pattern, accelerator)
+    logger.info("%s", ct.describe(scans, config.hu_min, config.hu_max))
     train, val, test = ct.split_patients(scans, config.val_patients, config.test_patients, config.seed)
     ct.check_leak(train, val, test)
     logger.info(
@@ -726,7 +752,7 @@ def main(config: Config) -> None:
     if adaptive:
         stateful["adaptive"] = adaptive
 
-    state = {"step": 0, "evaluated": 0, "ended": False}
+    state = {"step": 0, "evaluated": 0, "ended": False, "perplexity": 0.0}
     if found := folder.resume(modules, optimizers):
         state = found
         for name, part in stateful.items():
@@ -779,11 +805,13 @@ def main(config: Config) -> None:
                 "Validation: PSNR=%.2f dB, RMSE %.1f HU, SSIM=%.4f, %.0f%% of the codes used",
                 values["psnr"], values["hu_rmse"], values["ssim"], 100 * values["codes_used"],
             )  # fmt: skip
-            if values["codes_used"] < 0.3 and step > sampler.steps_per_epoch:
+            if values["code_perplexity"] < 0.5 * state["perplexity"]:
                 logger.warning(
-                    "Only %.0f%% of the codes are used: raise --restart-below, lower --n-codes, or use --quantizer fsq",
-                    100 * values["codes_used"],
-                )
+                    "The codebook is collapsing: a perplexity of %.0f after %.0f; raise --restart-below, lower --lr or"
+                    " --n-codes, or use --quantizer fsq",
+                    values["code_perplexity"], state["perplexity"],
+                )  # fmt: skip
+            state["perplexity"] = max(state["perplexity"], values["code_perplexity"])
             schedule.update(step, values["psnr"])
             better, state["ended"] = stopper.update(accelerator, {"val/psnr": values["psnr"]})
             score = values["psnr"]
@@ -902,30 +930,6 @@ def main(config: Config) -> None:
             logger.info("Testing phase completed, see %s and its samples:\n%s", config.output_dir / "report.txt", text)
     folder.finish(step, sampler.total_steps)
     log.close()
-
-
-def share(terms: dict[str, Tensor], sampler: data.StepSampler) -> dict[str, Tensor]:
-    """Of the global batch's mean: summed over micro-batches and processes it is the same on any number of them."""
-    return {name: term.sum() / sampler.size_of_step for name, term in terms.items()}
-
-
-def weighted(terms: dict[str, Tensor], config: Config) -> Tensor:
-    return sum(term * getattr(config, f"{name}_weight") for name, term in terms.items())
-
-
-def draw(coder: Coder, scans: Scans, indices, config: Config, name: str) -> Path:
-    """samples/<name>.png: three planes of some scans, what is made of them, and the error."""
-    window = {"hu_min": config.hu_min, "hu_max": config.hu_max}
-    views = []
-    for index in indices:
-        if index < len(scans):
-            scan, hu = scans.scans[int(index)], scans[int(index)]["hu"]
-            output = coder.decode(coder.encode(hu), hu.shape)
-            values = scores(output, hu, **window, masks={})
-            views.append(ScanView(scan.path.name, hu.numpy(), output.numpy(), scan.spacing, values))
-    path = config.output_dir / "samples" / f"{name}.png"
-    planes_sheet(path, views, **window)
-    return path
 
 
 if __name__ == "__main__":

@@ -175,6 +175,16 @@ def test_values_are_those_of_nibabel_rounded_and_clipped(tmp_path, dtype, slope,
     assert np.array_equal(ct.read_scan(path)[0], expected)
 
 
+def test_any_file_is_written_back_as_int16_hu(tmp_path):
+    raw = (chest() + 1024).astype(np.uint16)
+    for dtype, slope in ((np.uint16, 1), (np.float32, 0.5), (np.int32, -1)):
+        hu, geometry = ct.read_scan(scaled(tmp_path / "in.nii", raw.astype(dtype), slope, -1024))
+        ct.write_scan(tmp_path / "out.nii.gz", hu, geometry)
+        after = nib.load(tmp_path / "out.nii.gz")
+        assert after.get_data_dtype() == np.int16 and (after.dataobj.slope, after.dataobj.inter) == (1, 0)
+        assert np.array_equal(after.get_fdata(), hu)
+
+
 def test_a_large_integer_file_is_never_whole_in_floats(tmp_path, monkeypatch):
     path = scaled(tmp_path / "in.nii", chest((96, 96, 96)), 1, 0)
     monkeypatch.setattr(ct, "PIECE", 1 << 16)
@@ -341,6 +351,8 @@ def test_only_a_changed_source_is_read_again(tmp_path, monkeypatch):
 
 def test_files_of_one_name_do_not_share_an_entry(tmp_path):
     paths = [stored(tmp_path / folder / "1.2.3.nii", chest(seed=i)) for i, folder in enumerate("ab")]
+    for path in paths:
+        os.utime(path, ns=(1, 1))
     for scan, seed in zip(ct.prepare_scans(paths, tmp_path / ".cache"), (0, 1), strict=True):
         assert np.array_equal(np.load(scan.array), chest(seed=seed))
 
@@ -540,6 +552,11 @@ def test_crops_are_mostly_of_the_body(tmp_path):
     assert (little > 0).all() and little.mean() < half.mean()
     assert share(1.1).mean() > half.mean()  # out of reach: the best of the draws
 
+    flat = np.full((20, 96, 40), -1000, np.int16)
+    flat[:16, 64:] = 40  # the patch begins before it
+    scan = cached(tmp_path / "flat", flat)
+    assert min(ct.random_corner(scan, (32, 32, 32), rng, 0.3)[1] for _ in range(30)) > 40
+
 
 @pytest.mark.parametrize(
     "shape, patch, stride, count",
@@ -551,7 +568,7 @@ def test_crops_are_mostly_of_the_body(tmp_path):
 )
 def test_grids_cover_the_volume_and_end_with_it(shape, patch, stride, count):
     corners = ct.grid_corners(shape, patch, stride)
-    assert len(corners) == len(set(corners)) == count
+    assert len(corners) == count and sorted(set(corners)) == corners
     for axis, (n, side, step) in enumerate(zip(shape, patch, stride, strict=True)):
         places = sorted({corner[axis] for corner in corners})
         assert places[0] == 0 and places[-1] == n - side and max(np.diff(places), default=0) <= step

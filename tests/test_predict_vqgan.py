@@ -77,11 +77,12 @@ def scans(tmp_path_factory) -> Path:
 
 
 def do(folder: Path, source: Path, out: Path | None, mode: str, **flags) -> None:
-    predict.main(predict.Config(folder, source, out, **{mode: True}, **({"tile_size": 16} | flags)))
+    predict.main(predict.Config(folder, (source,), out, **{mode: True}, **({"tile_size": 16} | flags)))
 
 
-def plan(source: Path, out: Path, mode: str) -> list[predict.Task]:
-    return predict.plan(predict.Config(Path("model"), source, out, **{mode: True}))
+def plan(source: Path | tuple[Path, ...], out: Path, mode: str) -> list[predict.Task]:
+    sources = source if isinstance(source, tuple) else (source,)
+    return predict.plan(predict.Config(Path("model"), sources, out, **{mode: True}))
 
 
 def files(root: Path) -> set[str]:
@@ -319,8 +320,14 @@ def test_collisions_and_overwriting_are_refused(scans, encoded, tmp_path):
     for mode in ("encode", "reconstruct"):
         with pytest.raises(UserError, match=r"one/a.nii and .*one/a.nii.gz would both be written to .*out/a"):
             plan(one, tmp_path / "out", mode)
-        with pytest.raises(UserError, match="lies in --input"):
+        with pytest.raises(UserError, match="lies in --inputs"):
             plan(one, one / "new", mode)
+    other = tmp_path / "other"
+    write_volume(other / "a.nii", "RAS", (4, 4, 4))
+    with pytest.raises(UserError, match=r"one/a.nii and .*other/a.nii would both be written to .*out/a"):
+        plan((one / "a.nii", other / "a.nii"), tmp_path / "out", "encode")
+    with pytest.raises(UserError, match="lies in --inputs"):
+        plan((scans, other), other / "new", "encode")
     with pytest.raises(UserError, match="would be overwritten"):
         plan(one / "a.nii.gz", one, "reconstruct")
     with pytest.raises(UserError, match="holds no code files"):
@@ -332,14 +339,28 @@ def test_collisions_and_overwriting_are_refused(scans, encoded, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_and_folders_are_taken_together_and_each_once(scans, tmp_path):
+    tasks = plan((scans / "sub", scans / "patient3.nii.gz", scans / "patient3.nii.gz"), tmp_path, "encode")
+    made = {task.outputs["made"].relative_to(tmp_path).as_posix(): task.source for task in tasks}
+    assert len(tasks) == 3 and made == {
+        "patient1_scan2.npz": scans / "sub/patient1_scan2.nii",
+        "deep/patient2.npz": scans / "sub/deep/patient2.nii.gz",
+        "patient3.npz": scans / "patient3.nii.gz",
+    }
+
+
 def test_wrong_flags_are_sentences(folder, scans, tmp_path):
     for flags in ({}, {"encode": True, "decode": True}, {"decode": True, "check_tiling": True}):
         with pytest.raises(ValueError, match="Give one of --encode, --decode and --reconstruct"):
-            predict.Config(folder, scans, tmp_path, **flags)
-    with pytest.raises(ValueError, match="--output is missing"):
-        predict.Config(folder, scans, encode=True)
+            predict.Config(folder, (scans,), tmp_path, **flags)
+    with pytest.raises(ValueError, match="--output-dir is missing"):
+        predict.Config(folder, (scans,), encode=True)
+    with pytest.raises(ValueError, match="--inputs is missing"):
+        predict.Config(folder, (), tmp_path, encode=True)
+    with pytest.raises(ValueError, match="--check-tiling alone makes nothing"):
+        predict.Config(folder, (scans,), tmp_path, check_tiling=True)
     with pytest.raises(ValueError, match="--tile-size 8"):
-        predict.Config(folder, scans, tmp_path, encode=True, tile_size=8)
+        predict.Config(folder, (scans,), tmp_path, encode=True, tile_size=8)
     with pytest.raises(UserError, match="holds no config.json"):
         do(tmp_path, scans, tmp_path / "out", "encode")
     (tmp_path / "config.json").write_text(json.dumps({"config": {"backbone": "resnet"}}))
@@ -377,7 +398,7 @@ def test_damaged_files_are_named_and_any_number_of_processes_writes_the_same(fol
     damaged = source / "sub" / "deep" / "patient2.nii.gz"
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     nib.save(nib.Nifti1Image(np.zeros((6, 6, 6, 2), np.int16), np.eye(4)), source / "series.nii.gz")
-    common = ["--checkpoint", folder, "--input", source, "--reconstruct", "--tile-size", "16", "--check-tiling", "--output"]
+    common = ["--model", folder, "--inputs", source, "--reconstruct", "--tile-size", 16, "--check-tiling", "--output-dir"]
     texts = [run([*common, tmp_path / f"out{n}"], ok=False, processes=n, **PREDICT) for n in (1, 2)]
     for text in texts:
         assert "patient2.nii.gz cannot be used: truncated" in text and "series.nii.gz cannot be used: 4D" in text

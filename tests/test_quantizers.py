@@ -252,6 +252,16 @@ def test_the_least_used_code_takes_the_picked_token_and_keeps_it(alone):
         assert out.indices.tolist() == [[0, 2, 3, 1]] and codebook.codes[1] @ found[0] > 0.9999, step
 
 
+def test_the_worst_represented_of_the_picked_tokens_goes_first(alone):
+    for seed in range(10):
+        codebook = place(book(3, 8), torch.eye(8)[:3])
+        codebook.sizes[2] = 0.01
+        where = torch.tensor([0.0, 1, 2, 3]) / 4 + picks(seed, 1, 4) / 4  # each token once
+        codebook(as_map(torch.eye(8)[[0, 5, 1, 1]]), where)
+        codebook.update(alone)
+        torch.testing.assert_close(codebook.codes[2], torch.eye(8)[5])
+
+
 def spoiled() -> Tensor:
     """All codes in one corner, far from most tokens."""
     return torch.ones(40, 8) + 0.05 * maps(7, 40, 8)
@@ -405,7 +415,7 @@ def test_a_step_of_32768_tokens_and_8192_codes_fits_in_less_than_300_mb(alone):
         codebook.update(alone)
 
     scores = peak_memory(lambda: z.detach().flatten(2)[0].t() @ codebook.codes.t())
-    assert scores > 2**30  # what is measured is there
+    assert scores > 1e9  # what is measured is there
     assert peak_memory(step) < 0.3e9
 
 

@@ -1,8 +1,7 @@
-"""What train_vqgan.py promises: the same run on any number of processes and after any interruption, both networks trained and
-neither by the other's gradients, a codebook that lives, tiles without seams, sentences for bad flags and files."""
+"""What train_vqgan.py promises: the same run on any number of processes and after any interruption, both networks trained
+and neither by the other's gradients, a codebook that lives, tiles without seams, sentences for bad flags and files."""
 
 import csv
-import json
 import re
 import shutil
 from functools import cache, partial
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import ROOT, assert_same_run, rows, run, weights
+from helpers import ROOT, assert_same_run, rows, run
 
 from common import ct
 from common.cli import UserError
@@ -24,12 +23,14 @@ from scripts import train_vqgan as job
 ALONE = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True)
 launch = partial(run, script=ROOT / "scripts" / "train_vqgan.py")
 TINY = ("--patch-size", 16, 16, 16, "--width", 4, "--blocks", 1, "--n-codes", 32, "--disc-width", 4, "--disc-layers", 2)
+TINY += ("--perceptual-weight", 0)
 QUICK = (*TINY, "--tile-size", 32, "--tracker", "none", "--num-workers", 0, "--log-every", 1)
 STEPS, START, GLOBAL_BATCH = 9, 4, 4
 
 
 def small(**flags) -> job.Config:
     settings = {"patch_size": (16, 16, 16), "width": 4, "blocks": 1, "n_codes": 32, "disc_width": 4, "disc_layers": 2}
+    settings["perceptual_weight"] = 0.0
     return job.Config(**settings | {"tile_size": 16} | flags)
 
 
@@ -229,7 +230,9 @@ def test_scans_of_one_patient_are_in_one_part(chests):
 
 def test_patches_are_a_function_of_seed_epoch_and_index(chests):
     def sample(key, **more):
-        return job.prepare_data(small(dataset_path=chests / "scans", val_patients=2, test_patients=3, **more), ALONE).train[key]
+        return job.prepare_data(small(dataset_path=chests / "scans", val_patients=2, test_patients=3, **more), ALONE).train[
+            key
+        ]
 
     one, again = sample((2, 5)), sample((2, 5))
     assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(again[name])) for name in one)
@@ -319,7 +322,7 @@ def test_tiles_leave_no_seam_where_the_norm_allows_it():
 
 
 def test_every_parameter_learns_and_only_from_its_own_losses():
-    config, model, disc = build(perceptual_weight=0.0)
+    config, model, disc = build()
     batch = patches()
     with torch.no_grad():
         for block in model.modules():
