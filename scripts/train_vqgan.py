@@ -1,6 +1,6 @@
 """3D VQ-GAN for CT: whole chest volumes to discrete codes and back, trained on random patches.
 
-Demo on a CPU (makes its own patients, about ten minutes):
+Demo on a CPU (makes its own patients, about five minutes):
     python scripts/train_vqgan.py --demo
 
 One GPU:
@@ -175,10 +175,11 @@ class Config(RunConfig):
                 raise ValueError(f"--downsample {step}: give 1, 2, 4, 8 or 16 for each axis.")
         if max(self.downsample) == 1:
             raise ValueError("--downsample 1 1 1 keeps every voxel: give 2 or more along an axis.")
-        for name in ("patch_size", "stride"):
-            for side, step in zip(getattr(self, name) or (), self.downsample, strict=False):
-                if side < 1 or (name == "patch_size" and (side % step or side < 4 * step)):
-                    raise ValueError(f"--{name.replace('_', '-')} {side}: give a multiple of {step}, at least {4 * step}.")
+        for side, step in zip(self.patch_size, self.downsample, strict=True):
+            if side % step or side < 4 * step:
+                raise ValueError(f"--patch-size {side}: give a multiple of {step} (--downsample), at least {4 * step}.")
+        if self.stride and min(self.stride) < 1:
+            raise ValueError(f"--stride {' '.join(map(str, self.stride))}: give 1 or more for each axis.")
         if self.tile_size < max(self.downsample) or self.tile_size % max(self.downsample):
             raise ValueError(f"--tile-size {self.tile_size}: give a multiple of {max(self.downsample)} (--downsample).")
         if self.hu_min >= self.hu_max:
@@ -481,6 +482,9 @@ class Coder:
 # Losses
 
 
+LOSSES = ("l1", "commitment", "perceptual", "_gan", "gan_feat", "_disc")  # ends of the names of what trains something
+
+
 def share(terms: dict[str, Tensor], sampler: data.StepSampler) -> dict[str, Tensor]:
     """Of the global batch's mean: summed over micro-batches and processes it is the same on any number of them."""
     return {name: term.sum() / sampler.size_of_step for name, term in terms.items()}
@@ -493,7 +497,9 @@ def weighted(terms: dict[str, Tensor], config: Config) -> Tensor:
 def reconstruction_terms(output: Output, batch: dict[str, Tensor], perceptual: nn.Module | None) -> dict[str, Tensor]:
     """Per sample, without their weights."""
     target = batch["volume"]
-    terms = {"l1": (output.reconstruction - target).abs().flatten(1).mean(1), "commitment": output.quantized.commitment}
+    terms = {"l1": (output.reconstruction - target).abs().flatten(1).mean(1)}
+    if output.quantized.commitment.requires_grad:  # there is none with fsq, nor with a frozen encoder
+        terms["commitment"] = output.quantized.commitment
     if perceptual:
         terms["perceptual"] = perceptual(output.reconstruction, target, batch["slices"])
     return terms
@@ -538,6 +544,7 @@ def evaluate(
     """Metrics of whole volumes as int16 HU, as they would be written, equal on every rank, and the table behind them.
 
     `full` adds body and lungs alone, and the resize that keeps as many bits ("resize_")."""
+    bits = coder.model.bits_per_voxel
     use, rows = CodeUse(coder.model.quantizer.count), []
     for batch in loader:
         hu = batch["hu"][0]
@@ -548,17 +555,12 @@ def evaluate(
         results = {"": output}
         masks = {}
         if full:
-            results["resize_"] = torch.from_numpy(resize_baseline(hu.numpy(), coder.model.bits_per_voxel))
+            results["resize_"] = torch.from_numpy(resize_baseline(hu.clamp(config.hu_min, config.hu_max).numpy(), bits))
             masks = {name: torch.from_numpy(mask).to(accelerator.device) for name, mask in anatomy(hu.numpy()).items()}
         row = {"id": batch["id"]}
         for prefix, result in results.items():
-            found = scores(
-                result.to(accelerator.device),
-                hu.to(accelerator.device),
-                hu_min=config.hu_min,
-                hu_max=config.hu_max,
-                masks=masks,
-            )
+            pair = (volume.to(accelerator.device) for volume in (result, hu))
+            found = scores(*pair, hu_min=config.hu_min, hu_max=config.hu_max, masks=masks)
             for region in REGIONS if full else REGIONS[:1]:
                 for name in ("psnr", "hu_rmse", "hu_mae", "ssim"):  # a scan without lungs has no values for them
                     row[prefix + name + region] = torch.tensor([found.get(name + region, math.nan)], dtype=torch.float64)
@@ -569,14 +571,15 @@ def evaluate(
     return values | {"codes_used": use.used, "code_perplexity": use.perplexity}, table
 
 
-def draw(coder: Coder, scans: Scans, indices, config: Config, name: str) -> Path:
+def draw(coder: Coder, scans: Scans, indices, config: Config, accelerator, name: str) -> Path:
     """samples/<name>.png: three planes of some scans, what is made of them, and the error."""
     window = {"hu_min": config.hu_min, "hu_max": config.hu_max}
     views = []
     for index in indices:
         if index < len(scans):
             scan, hu = scans.scans[int(index)], scans[int(index)]["hu"]
-            output = coder.decode(coder.encode(hu), hu.shape)
+            with accelerator.autocast():
+                output = coder.decode(coder.encode(hu), hu.shape)
             values = scores(output, hu, **window, masks={})
             views.append(ScanView(scan.path.name, hu.numpy(), output.numpy(), scan.spacing, values))
     path = config.output_dir / "samples" / f"{name}.png"
@@ -819,7 +822,7 @@ def main(config: Config) -> None:
             if better:
                 export()
                 if accelerator.is_main_process:
-                    log.image("validation", draw(coder, parts.val, range(3), config, "validation"), step)
+                    log.image("validation", draw(coder, parts.val, range(3), config, accelerator, "validation"), step)
             stopping = training.agree_to_stop(accelerator)
         due = step % save_every == 0 or last or stopping or better or state["ended"] or folder.wants(state, score)
         if due and saved != (step, state["evaluated"]):
@@ -843,7 +846,8 @@ def main(config: Config) -> None:
             training.seed_step(config.seed, step, micro, accelerator.process_index)
             with accelerator.accumulate(model, disc):  # one for both: each call counts a micro-batch
                 output = model(batch["volume"], batch["picks"])
-                terms = share(reconstruction_terms(output, batch, perceptual), sampler)
+                with accelerator.autocast():  # for the networks in them; the losses themselves are in float32
+                    terms = share(reconstruction_terms(output, batch, perceptual), sampler)
                 loss = weighted(terms, config)
                 if gan:
                     raw_disc.requires_grad_(False)  # it judges here and learns below; not through DDP, nor its gradients
@@ -852,10 +856,8 @@ def main(config: Config) -> None:
                     factor = gan
                     if adaptive:
                         factor *= adaptive.value
-                        gradients = (
-                            last_gradient(part, raw, accelerator.scaler) for part in (loss, weighted(added, config))
-                        )
-                        adaptive.add(*gradients)
+                        pulls = (loss, weighted(added, config))
+                        adaptive.add(*(last_gradient(pull, raw, accelerator.scaler) for pull in pulls))
                     loss = loss + factor * weighted(added, config)
                     terms |= added
                 accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
@@ -882,7 +884,7 @@ def main(config: Config) -> None:
             optimizer.step()
         if finite:
             ema.update(raw, step)
-            watch.update(verdict.terms)
+            watch.update({name: value for name, value in verdict.terms.items() if name.endswith(LOSSES)})
             for name, part in lecam.items():
                 if judging:
                     part.update(verdict.terms[f"{name}_real"], verdict.terms[f"{name}_fake"])
@@ -921,10 +923,11 @@ def main(config: Config) -> None:
             *(values[f"resize_{name}"] for name in ("psnr", "hu_rmse", "ssim")), 100 * values["codes_used"],
         )  # fmt: skip
         if accelerator.is_main_process:  # no collective from here on: the others may leave
-            write_csv(config.output_dir / "test.csv", [scan.path.name for scan in parts.test.scans], table)
+            names = [scan.path.relative_to(config.dataset_path).as_posix() for scan in parts.test.scans]
+            write_csv(config.output_dir / "test.csv", names, table)
             order = np.argsort(-table["psnr"], kind="stable")
             chosen = dict.fromkeys([order[0], order[len(order) // 2], order[-1]])  # best, median and worst
-            log.image("test", draw(coder, parts.test, chosen, config, "test"), step)
+            log.image("test", draw(coder, parts.test, chosen, config, accelerator, "test"), step)
             text = summary({"test": table}, raw.bits_per_voxel)
             (config.output_dir / "report.txt").write_text(text + "\n")
             logger.info("Testing phase completed, see %s and its samples:\n%s", config.output_dir / "report.txt", text)

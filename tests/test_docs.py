@@ -53,7 +53,7 @@ SMALL = {
     "ultimate": "--backbone test_convnext --backbone-weights none --width 16 --img-size 64 --multi-scale 1",
     "student": "--width 8 --blocks 1 1 1 --heads 4 --img-size 32 --val-images 2 --test-images 3 --perceptual-weight 0",
     "vqgan": "--patch-size 16 16 16 --width 4 --blocks 1 --n-codes 32 --disc-width 4 --disc-layers 2 --tile-size 32"
-    " --crops-per-scan 4 --val-patients 2 --test-patients 2",
+    " --crops-per-scan 4 --val-patients 2 --test-patients 2 --perceptual-weight 0",
 }
 
 
@@ -82,6 +82,19 @@ def test_the_first_two_commands_are_what_ci_and_this_test_run():
     ci = (ROOT / ".ci" / "run").read_text()
     for part in tests.split(" && "):
         assert part.replace("pip install", "pip install -q") in ci or part in ci
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_flags_of_a_page_exist(name):
+    """Fields of the job's settings, or flags of a demo generator. Left cells of a migration table are another program's."""
+    page = re.search(rf"^## train_{name}\.py$(.*?)(?=^## |\Z)", (ROOT / "scripts" / "README.md").read_text(), re.M | re.S)[1]
+    body, _, migration = page.partition("### From")
+    named = body + "".join(line.split("|")[2] for line in migration.splitlines() if line.startswith("|"))
+    sources = [*(ROOT / "scripts").glob(f"*_{name}.py"), ROOT / "common/cli.py", *(ROOT / "common/demo_data").glob("*.py")]
+    defined = re.findall(r"^    (\w+): |\"--([\w-]+)\"", "".join(path.read_text() for path in sources), re.M)
+    known = {(field or flag).replace("_", "-") for field, flag in defined}
+    flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", named)) - {"num_processes"}  # accelerate's
+    assert len(flags) > 5 and flags <= known, flags - known
 
 
 def test_links_and_the_tree_exist():

@@ -344,6 +344,12 @@ def test_every_parameter_learns_and_only_from_its_own_losses():
     assert all(torch.equal(p.grad, before) for p, before in zip(model.parameters(), kept, strict=True))
 
 
+def test_a_quantizer_without_commitment_has_no_such_term():
+    for flags in ({"quantizer": "fsq"}, {"freeze_encoder": True, "init_from": Path("x")}):
+        _, model, _ = build(**flags)
+        assert job.reconstruction_terms(model.train()(patches()["volume"]), patches(), None).keys() == {"l1"}
+
+
 def test_terms_of_a_sample_know_nothing_of_its_batch():
     config, model, disc = build()
     batch = patches(3)
@@ -370,6 +376,7 @@ def test_terms_of_a_sample_know_nothing_of_its_batch():
         ({"downsample": (3, 4, 4)}, "--downsample 3"),
         ({"downsample": (1, 1, 1)}, "keeps every voxel"),
         ({"patch_size": (18, 16, 16)}, "--patch-size 18: give a multiple of 4"),
+        ({"stride": (4, 0, 4)}, "--stride 4 0 4: give 1 or more"),
         ({"tile_size": 30}, "--tile-size 30: give a multiple of 4"),
         ({"hu_min": 1000}, "--hu-min 1000 must be below"),
         ({"freeze_encoder": True}, "--freeze-encoder would freeze random weights"),
