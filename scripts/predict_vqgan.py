@@ -296,6 +296,12 @@ def check_tiling(coder: job.Coder, path: Path, tile_size: int) -> None:
     """In true float32, so that what is left is the tiles' own: bf16 and TF32 round differently in another shape."""
     logger.info("Computing all of %s at once to check the tiles, which takes the memory for it", path)
     model, (hu_min, hu_max), hu = coder.model, coder.window, torch.from_numpy(ct.read_scan(path)[0])
+    if max(hu.shape) <= tile_size:
+        half = max(hu.shape) // 2 // max(model.factor) * max(model.factor)
+        raise UserError(
+            f"--check-tiling: {path} of {'x'.join(map(str, hu.shape))} voxels is one tile, there is nothing to compare: give"
+            f" --tile-size {half}, or a larger scan."
+        )
     volume = pad_to_cells(hu[None, None], model.factor).to(coder.device)
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:

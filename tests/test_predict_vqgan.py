@@ -275,6 +275,12 @@ def test_check_tiling_finds_no_seams(folder, scans, capfd):
     assert "takes the memory" in text
 
 
+def test_one_tile_proves_nothing(folder, scans):
+    with pytest.raises(UserError, match="is one tile, there is nothing to compare: give --tile-size "):
+        coder = job.Coder(job.load_model(folder)[0], *WINDOW.values(), 512, torch.device("cpu"))
+        predict.check_tiling(coder, scans / "patient1_scan1.nii.gz", 512)
+
+
 def test_check_tiling_finds_seams(folder, scans, tmp_path, capfd):
     scan = scans / "patient1_scan1.nii.gz"
     predict.setup_logging()
