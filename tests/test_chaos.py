@@ -47,18 +47,18 @@ def jobs(sets, water, camouflaged, chests):
         *("--backbone", "test_convnext", "--backbone-weights", "none", "--progressive-unfreeze", "--multi-scale", 1.0, 1.5),
         *("--img-size", 64, "--width", 16, "--top-k", 2),
     )
-    vqgan = (  # discriminators train from step 5, the generator sees them from 8 and at full weight from 13 of 40
-        *("--dataset-path", chests / "scans", "--max-patients", 4, "--val-patients", 1, "--test-patients", 1),
-        *("--epochs", 20, "--max-steps", 40, "--eval-every", 8, "--save-every", 3, "--keep-top-k", 2, "--crops-per-scan", 4),
+    vqgan = (  # discriminators train from step 4, the generator sees them from 6 and at full weight from 10 of 30
+        *("--dataset-path", chests / "scans", "--max-patients", 4, "--val-patients", 1, "--test-patients", 0),
+        *("--epochs", 20, "--max-steps", 30, "--eval-every", 10, "--save-every", 3, "--keep-top-k", 2),
         *("--patch-size", 16, 16, 16, "--tile-size", 32, "--width", 4, "--blocks", 1, "--n-codes", 32, "--warmup-steps", 2),
-        *("--disc-width", 4, "--disc-layers", 2, "--adaptive-weight", "--lecam-weight", 0.01),
-        *("--discriminator-iter-start", 8, "--discriminator-warmup", 3, "--gan-ramp", 6),
+        *("--crops-per-scan", 4, "--disc-width", 4, "--disc-layers", 2, "--perceptual-weight", 0, "--adaptive-weight"),
+        *("--lecam-weight", 0.01, "--discriminator-iter-start", 6, "--discriminator-warmup", 2, "--gan-ramp", 5),
     )
     return {
         "quantumgrav": Job(ROOT / "scripts" / "train_quantumgrav.py", causal, 8, (3, 15)),
         "student": Job(ROOT / "scripts" / "train_student.py", student, 4, (1, 4)),
         "ultimate": Job(ROOT / "scripts" / "train_ultimate.py", ultimate, 4, (2, 7)),
-        "vqgan": Job(ROOT / "scripts" / "train_vqgan.py", vqgan, 4, (2, 6)),
+        "vqgan": Job(ROOT / "scripts" / "train_vqgan.py", vqgan, 4, (2, 5)),
     }
 
 
@@ -118,10 +118,11 @@ def torment(job: Job, folder: Path, worlds: tuple[int, ...], *, seed: int, least
         if len(strikes) < least:
             strikes.append(strike(launch, folder, job.stride, rng))
         launch.wait()
+        assert not strikes or strikes[-1], f"ended before it was interrupted, {strikes}\n{launch.output()}"
         assert not launch.wait_gone(), f"left over after {strikes[-1]}: {launch.members()}\n{launch.output()}"
         if (folder / "DONE").exists():
             print(strikes)
-            assert len(strikes) == least and None not in strikes, strikes
+            assert len(strikes) == least
             return
     raise AssertionError(f"never finished: {strikes}\n{launch.output()}")
 
@@ -139,7 +140,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "processes", "via", "least"),
     [
-        *(("quantumgrav", 1, None, 6), ("quantumgrav", 2, None, 4), ("quantumgrav", 2, "accelerate", 2)),
+        *(("quantumgrav", 1, None, 5), ("quantumgrav", 2, None, 4), ("quantumgrav", 2, "accelerate", 2)),
         *(("student", 1, None, 6), ("student", 2, None, 5), ("student", 2, "accelerate", 2)),
         *(("ultimate", 1, None, 6), ("ultimate", 2, None, 5), ("ultimate", 2, "accelerate", 2)),
         *(("vqgan", 1, None, 5), ("vqgan", 2, None, 4)),
@@ -154,5 +155,5 @@ def test_a_tormented_run_equals_an_undisturbed_one(jobs, golden, tmp_path, name,
 @pytest.mark.slow
 def test_the_number_of_processes_may_change_between_attempts(jobs, golden, tmp_path):
     """1, 2 or 4 processes: the sum over ranks is taken in another order, so a few units in the last place differ."""
-    torment(jobs["quantumgrav"], tmp_path / "run", (1, 2, 4), seed=3, least=4)
+    torment(jobs["quantumgrav"], tmp_path / "run", (1, 2, 4), seed=3, least=3)
     assert_same_run(tmp_path / "run", golden("quantumgrav", 1), rtol=2e-3, atol=2e-4)

@@ -1,6 +1,6 @@
 """What the loop costs beyond the mathematics: a script against a bare PyTorch loop of the same model, data and optimizer.
 
-    python tests/benchmarks/loop_overhead.py [quantumgrav] [student]
+    python tests/benchmarks/loop_overhead.py [quantumgrav] [student] [vqgan]
 
 Both run as processes in turn, A B A B ..., since machines are noisy; the median of the paired ratios counts. Goals: at least
 0.98 of the bare loop's speed at steps of 50 ms and more, at most 0.4 ms per step in all.
@@ -27,6 +27,10 @@ CASES = {
         "small steps": (["--width", "8", "--blocks", "1", "1", "1", "--img-size", "32", "--batch-size", "2"], 300),
         "large steps": (["--width", "24", "--blocks", "1", "1", "2", "--img-size", "96", "--batch-size", "8"], 80),
     },
+    "vqgan": {
+        "small steps": (["--patch-size", *["16"] * 3, "--width", "4", "--disc-width", "4", "--batch-size", "1"], 300),
+        "large steps": (["--patch-size", *["32"] * 3, "--width", "8", "--disc-width", "8", "--batch-size", "2"], 80),
+    },
 }
 PAIRS, WARM = 5, 0.2
 
@@ -35,12 +39,8 @@ def bare_loop(job: str, flags: list[str], steps: int) -> float:
     """Milliseconds per step of the same work, written as in a tutorial."""
     import torch
 
-    from common import training
-
     torch.manual_seed(0)
-    config, train, collate, model, loss_of = {"quantumgrav": quantumgrav, "student": student}[job](flags)
-    ema = training.EMA(model, config.ema_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    config, train, collate, update = {"quantumgrav": quantumgrav, "student": student, "vqgan": vqgan}[job](flags)
     epochs = range(1 + steps * config.batch_size // len(train))
     keys = [(epoch, i) for epoch in epochs for i in torch.randperm(len(train)).tolist()]
     keys = sorted_chunks(keys, config.batch_size)[:steps]
@@ -48,12 +48,26 @@ def bare_loop(job: str, flags: list[str], steps: int) -> float:
     for step in range(steps):
         if step == int(steps * WARM):
             began = time.perf_counter()
-        loss_of(model, next(loader)).backward()
+        update(next(loader), step)
+    return (time.perf_counter() - began) / (steps - int(steps * WARM)) * 1e3
+
+
+def one_network(config, model, loss_of):
+    import torch
+
+    from common import training
+
+    ema = training.EMA(model, config.ema_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+    def update(batch, step: int) -> None:
+        loss_of(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model, step)
-    return (time.perf_counter() - began) / (steps - int(steps * WARM)) * 1e3
+
+    return update
 
 
 def quantumgrav(flags: list[str]):
@@ -69,7 +83,7 @@ def quantumgrav(flags: list[str]):
     def loss_of(model, batch):
         return sum(values.mean() for values in tasks.losses(model(batch), batch).values())
 
-    return config, train, job.collate, job.CausalNet(config, tasks.outputs()), loss_of
+    return config, train, job.collate, one_network(config, job.CausalNet(config, tasks.outputs()), loss_of)
 
 
 def student(flags: list[str]):
@@ -87,7 +101,43 @@ def student(flags: list[str]):
         terms = job.loss_terms(config, job.forward(model, batch), batch, None)
         return sum(values.mean() * getattr(config, f"{name}_weight") for name, values in terms.items())
 
-    return config, parts.train, None, model, loss_of
+    return config, parts.train, None, one_network(config, model, loss_of)
+
+
+def vqgan(flags: list[str]):
+    """Autoencoder and discriminators in turn, each with its Adam."""
+    import torch
+    from accelerate import Accelerator
+
+    from common import training
+    from common.cli import parse
+    from scripts import train_vqgan as job
+
+    config, alone = parse(job.Config, flags), Accelerator(cpu=True)
+    train = job.prepare_data(config, alone).train
+    model, disc = job.VQGAN(config).to(memory_format=torch.channels_last_3d), job.Discriminators(config)
+    ema = training.EMA(model, config.ema_decay)
+    networks = {
+        network: torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
+        for network, lr in ((model, config.lr), (disc, config.disc_lr))
+    }
+
+    def update(batch, step: int) -> None:
+        output = model(batch["volume"], batch["picks"])
+        disc.requires_grad_(False)
+        terms = job.reconstruction_terms(output, batch, None) | job.generator_terms(disc, output, batch, config)
+        job.weighted({name: values.mean() for name, values in terms.items()}, config).backward()
+        disc.requires_grad_(True)
+        judged, _ = job.discriminator_terms(disc, output, batch, {})
+        sum(values.mean() for values in judged.values()).backward()
+        for network, optimizer in networks.items():
+            torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.quantizer.update(alone)
+        ema.update(model, step)
+
+    return config, train, None, update
 
 
 def sorted_chunks(keys: list, size: int) -> list[list]:
@@ -113,6 +163,14 @@ def make_data(job: str, folder: Path) -> list[str]:
 
         write(folder, 1500, seed=0, preset="zoo", progress=False)
         return [*shared, "--dataset-path", str(folder), "--baseline-sets", "0"]
+    if job == "vqgan":
+        from common.demo_data.ct import write
+
+        write(folder, 6, seed=0, size=(56, 48, 56), progress=False)
+        shared += ["--dataset-path", f"{folder}/scans", "--val-patients", "1", "--test-patients", "0", "--n-codes", "512"]
+        return [*shared, "--tile-size", "64", "--blocks", "1", "--perceptual-weight", "0"] + [
+            "--discriminator-iter-start", "0", "--discriminator-warmup", "0", "--gan-ramp", "0"
+        ]  # fmt: skip
     from common.demo_data.underwater import write
 
     write(folder, 80, test=1, nonref=1, progress=False)
