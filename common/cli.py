@@ -81,6 +81,8 @@ class RunConfig:
         for name in ("eval_every", "save_every", "num_workers", "keep_top_k", "early_stop_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)}: give 0 or more.")
+        if self.lr <= 0:
+            raise ValueError(f"--lr is {self.lr}: give a positive number.")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"--max-steps is {self.max_steps}: give 1 or more, or leave it out.")
 
