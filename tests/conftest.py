@@ -1,8 +1,11 @@
 """Small data made once for the whole suite."""
 
 import logging
+import os
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads; where there is no network its retries take a minute
 
 from common.demo_data import camouflage, causal_sets, ct, underwater
 
