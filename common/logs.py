@@ -24,7 +24,7 @@ class _AboveTheBar(logging.StreamHandler):
     """Log lines scroll above the progress bar instead of breaking it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(self.format(record) + "\n", end="", file=sys.stderr)  # in one piece, or lines of two ranks may merge
 
 
 def setup_logging() -> None:
