@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, some
 from common.images import Inspection, find_images, read_image, share_work
-from common.underwater import some
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,12 @@ AnyT = TypeVar("AnyT")
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def some(names: Iterable[object], most: int = 5) -> str:
+    """The first of a list for a sentence."""
+    names = list(map(str, names))
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def rank() -> int:

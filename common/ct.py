@@ -35,10 +35,9 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from tqdm import tqdm
 
 from common.checkpoints import write_atomically
-from common.cli import UserError
+from common.cli import UserError, some
 from common.launch import stop_requested
 from common.logs import clock
-from common.underwater import some
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +178,11 @@ class StepLoader:
 def fingerprint(values: np.ndarray) -> str:
     """A short hash, e.g. of a split: printed, stored with the checkpoint and compared on resume."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:12]
+
+
+def content_hash(digests: Iterable[str]) -> str:
+    """Of a training set by its samples' own hashes, whatever their files are called and in whatever order."""
+    return fingerprint(np.frombuffer("".join(sorted(digests)).encode(), np.uint8))
 
 
 def made_by_main(accelerator: Accelerator, path: Path, make: Callable[[], object]) -> None:

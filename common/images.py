@@ -184,12 +184,6 @@ def _inspect(path: Path) -> Inspection:
     return Inspection(digest.hexdigest(), pixels.shape[:2], None)
 
 
-def content_hash(inspections: dict[Path, Inspection], paths: Iterable[Path]) -> str:
-    """Of the pixels of these files, whatever they are called and stored as: printed, kept with checkpoints, compared."""
-    digests = sorted(inspections[path].digest for path in paths)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
-
-
 def inspect(paths: Iterable[Path], accelerator: "Accelerator | None" = None) -> dict[Path, Inspection]:
     """Decodes every file once: a truncated one is named now and not in the middle of an epoch."""
     return share_work(list(paths), _inspect, accelerator, "Decoded %d images to check them")

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import data, launch
-from common.cli import UserError
+from common.cli import UserError, some
 from common.images import SUFFIXES, find_images
-from common.underwater import some
 
 logger = logging.getLogger("run")
 

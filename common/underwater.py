@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.cli import UserError
+from common.cli import UserError, some
 from common.images import SUFFIXES, Inspection, find_images, share_work
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ LAYOUTS = (
     ("raw", "ref", "plain"),
 )
 _TREES = "; ".join(f"{a}/ and {b}/ ({name})" for a, b, name in LAYOUTS)
-
-
-def some(names: Iterable[object], most: int = 5) -> str:
-    names = list(map(str, names))
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

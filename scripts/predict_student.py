@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import UserError, parse_only, sentences
+from common.cli import UserError, parse_only, sentences, some
 
 
 @dataclass
@@ -66,7 +66,6 @@ from common.images import SIXTEEN_BIT, read_image, write_image
 from common.logs import setup_logging
 from common.predict import Task
 from common.restoration_report import write_csv
-from common.underwater import some
 from scripts import train_student as job
 
 logger = logging.getLogger("run")

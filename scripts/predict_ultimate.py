@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import UserError, parse_only, sentences
+from common.cli import UserError, parse_only, sentences, some
 
 
 @dataclass
@@ -74,7 +74,6 @@ from common.metrics import to_uint8
 from common.predict import Task
 from common.restoration_report import write_csv
 from common.segmentation_metrics import score, summarize
-from common.underwater import some
 from scripts import train_ultimate as job
 
 logger = logging.getLogger("run")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.cli import UserError, parse_only, sentences
+from common.cli import UserError, parse_only, sentences, some
 
 
 @dataclass
@@ -80,7 +80,6 @@ from common.checkpoints import write_atomically
 from common.logs import setup_logging
 from common.predict import Task
 from common.tiling import pad_to_cells, tiled
-from common.underwater import some
 from common.volume_metrics import scores
 from common.volume_report import write_csv
 from scripts import train_vqgan as job

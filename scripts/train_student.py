@@ -182,7 +182,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import data, launch, losses, metrics, training, underwater
 from common.checkpoints import RunFolder
-from common.images import as_float, content_hash, find_images, inspect, read_image
+from common.images import as_float, find_images, inspect, read_image
 from common.logs import RunLog
 from common.restoration_report import picture_sheet, summary, write_csv
 from common.wavelets import haar, inverse_haar
@@ -687,7 +687,8 @@ def prepare_data(config: Config, accelerator) -> Parts:
     elif config.hf_mask is not None or config.lf_mask is not None:
         raise UserError("--hf-mask and --lf-mask choose maps of the pseudo-labels: give --pseudo-root, or leave them out.")
     whole = {name: WholeImages(images) for name, images in tests.items()}
-    return Parts(Crops(train, audit, config), WholeImages(val), whole, audit, content_hash(inspections, train.files()))
+    content = data.content_hash(inspections[path].digest for path in train.files())
+    return Parts(Crops(train, audit, config), WholeImages(val), whole, audit, content)
 
 
 def try_batch(model: nn.Module, config: Config, perceptual: nn.Module | None, dataset: Crops, count: int) -> None:

@@ -178,7 +178,7 @@ from common import camouflage, data, launch, losses, training
 from common.backbones import make_backbone, norm, parts_of, thaw
 from common.camouflage_report import SHOWN, Seen, demo_report, report, score_maps
 from common.checkpoints import RunFolder
-from common.images import content_hash, inspect, read_image
+from common.images import inspect, read_image
 from common.logs import RunLog
 from common.segmentation_metrics import best_threshold, score, summarize
 
@@ -766,7 +766,7 @@ def prepare_data(config: Config, accelerator) -> Parts:
         logger.info("%s", part.describe())
     camouflage.check_overlap(images, tests, inspections)
     train, val = camouflage.take_validation(images, config.val_share, config.seed)
-    content = content_hash(inspections, train.images)
+    content = data.content_hash(inspections[path].digest for path in train.images)
     return Parts(Masked(train, config), Masked(val, config), {k: Masked(v, config) for k, v in tests.items()}, content)
 
 

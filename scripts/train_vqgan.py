@@ -622,10 +622,8 @@ def prepare_data(config: Config, accelerator) -> Parts:
         "Split by patient: training %d scans of %d patients, validation %d of %d, test %d of %d",
         *(n for part in (train, val, test) for n in (len(part), len({scan.patient for scan in part}))),
     )
-    digests = "".join(sorted(scan.digest for scan in train))
-    return Parts(
-        Patches(train, config), Scans(val), Scans(test), data.fingerprint(np.frombuffer(digests.encode(), np.uint8))
-    )
+    content = data.content_hash(scan.digest for scan in train)
+    return Parts(Patches(train, config), Scans(val), Scans(test), content)
 
 
 MODEL_FLAGS = (

@@ -97,14 +97,19 @@ def test_each_network_begins_at_its_step(trained):
     assert re.search(r"sees it from step 4 of 9", trained()[1])
 
 
+def gone_back(golden: Path, folder: Path) -> None:
+    """A copy of a run as it was when it had saved step 6, in the adversarial phase."""
+    shutil.copytree(golden, folder)
+    for path in (folder / "checkpoints").glob("step-*"):
+        if path.name > "step-00000006":
+            shutil.rmtree(path)
+    (folder / "DONE").unlink()
+
+
 def test_a_run_interrupted_in_the_adversarial_phase_goes_on_to_the_bit_and_workers_change_nothing(trained, flags, tmp_path):
     """The codebook, Adam's moments of both networks, and all weights that are measured while training."""
     golden = trained(1, 1, *ALL)[0]
-    shutil.copytree(golden, tmp_path / "run")
-    for path in (tmp_path / "run/checkpoints").glob("step-*"):
-        if path.name > "step-00000006":
-            shutil.rmtree(path)
-    (tmp_path / "run/DONE").unlink()
+    gone_back(golden, tmp_path / "run")
     dealt = ("--batch-size", GLOBAL_BATCH, "--output-dir", tmp_path / "run", "--resume-from", "auto", "--num-workers", 2)
     assert "Resumed from step 6\n" in launch([*flags, *ALL, *dealt])
     assert_same_run(tmp_path / "run", golden)
@@ -114,11 +119,7 @@ def test_a_run_interrupted_in_the_adversarial_phase_goes_on_to_the_bit_and_worke
 
 def test_one_process_goes_on_as_two(trained, flags, tmp_path):
     golden = trained(1, 1, *ALL)[0]
-    shutil.copytree(golden, tmp_path / "run")
-    for path in (tmp_path / "run/checkpoints").glob("step-*"):
-        if path.name > "step-00000006":
-            shutil.rmtree(path)
-    (tmp_path / "run/DONE").unlink()
+    gone_back(golden, tmp_path / "run")
     dealt = ("--batch-size", GLOBAL_BATCH // 2, "--output-dir", tmp_path / "run", "--resume-from", "auto")
     launch([*flags, *ALL, *dealt], processes=2)
     assert_same_run(tmp_path / "run", golden, rtol=2e-4, atol=2e-6)
