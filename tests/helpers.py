@@ -11,6 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
+import forks
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,13 +26,11 @@ def free_port() -> int:
 
 
 class Launch:
-    """A running launch. `processes` ranks started by `via`: python, accelerate, torchrun, or ranks (as torchrun does,
-    without the seconds that torchrun needs)."""
+    """A running launch. `processes` ranks, forked (see forks.py) or started by `via`: python, accelerate, torchrun."""
 
     def __init__(
         self, args, *, processes=1, via=None, script=SCRIPT, env=None, config="2xcpu.yaml", launcher_args=(), cwd=ROOT
     ):
-        via = via or ("python" if processes == 1 else "ranks")
         self.id = uuid.uuid4().hex
         self.args = [str(a) for a in args]
         base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -51,24 +50,20 @@ class Launch:
             ],
         }  # fmt: skip
         self.log = tempfile.NamedTemporaryFile(prefix="launch-", suffix=".log")
-        options = {"stdout": self.log, "stderr": subprocess.STDOUT, "cwd": cwd, "start_new_session": True}
-        if via == "ranks":
-            shared = {
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free_port()),
-            }
-            self.children = [
-                subprocess.Popen(
-                    [sys.executable, str(script), *self.args],
-                    env=base | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                    **options,
-                )
-                for r in range(processes)
-            ]
-        else:
-            self.children = [subprocess.Popen([*launchers[via], str(script), *self.args], env=base, **options)]
+        shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        shared["MASTER_PORT"] = free_port()
+        alone = via in ("accelerate", "torchrun") or processes == 1  # they tell the ranks who they are
+        ranks = [{}] if alone else [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+        self.children = []
+        for rank in ranks:
+            environment = base | {name: str(value) for name, value in rank.items()}
+            if via is None:
+                request = {"script": str(script), "args": self.args, "env": environment, "cwd": str(cwd)}
+                self.children.append(forks.Child(**request, log=self.log.name))
+            else:
+                options = {"stdout": self.log, "stderr": subprocess.STDOUT, "cwd": cwd, "start_new_session": True}
+                command = [*launchers[via], str(script), *self.args]
+                self.children.append(subprocess.Popen(command, env=environment, **options))
 
     @property
     def pid(self) -> int:
@@ -90,14 +85,13 @@ class Launch:
 
     def members(self) -> dict[int, str]:
         """Every living process of this launch with its command line: launcher, ranks, workers."""
-        found = {}
+        found, sessions = {}, {child.pid for child in self.children}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    if (
-                        f"{MARK}={self.id}".encode() in (entry / "environ").read_bytes()
-                        and "State:\tZ" not in (entry / "status").read_text()
-                    ):
+                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                    marked = f"{MARK}={self.id}".encode() in (entry / "environ").read_bytes()
+                    if state != "Z" and (marked or int(session) in sessions):
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 except OSError:
                     continue  # it ended while we looked

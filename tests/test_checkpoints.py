@@ -3,10 +3,9 @@
 import json
 import os
 import pickle
+import random
 import shutil
-import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import ROOT, run
+from helpers import ROOT, Launch, run
 from torch import nn
 
 from common.checkpoints import RunFolder, damage, read_checkpoint
@@ -246,35 +245,36 @@ def test_a_really_full_disk(sets, tmp_path):
 @pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_tears_nothing(tmp_path):
     """A process that does nothing but save is killed at random moments; what it leaves always loads and is consistent."""
-    saver = textwrap.dedent(f"""
-        import sys; sys.path.insert(0, {str(ROOT)!r})
-        import torch
-        from torch import nn
-        from pathlib import Path
-        from accelerate import Accelerator
-        from common.checkpoints import RunFolder
-        from common.cli import RunConfig
-        folder = RunFolder(RunConfig(output_dir=Path({str(tmp_path)!r}), resume_from="auto"), Accelerator(cpu=True), {{}})
-        model = nn.Linear(1000, 1000)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        state = folder.resume({{"model": model}}, {{"optimizer": optimizer}}) or {{"step": 0}}
-        print("ready", flush=True)
-        while True:
-            state["step"] += 1
-            nn.init.constant_(model.weight, state["step"])
-            for p in model.parameters(): optimizer.state[p] = {{"momentum_buffer": torch.full_like(p, state["step"])}}
-            folder.save(state, {{"model": model}}, {{"optimizer": optimizer}})
-    """)
-    import random
-
+    saver = tmp_path / "saver.py"
+    saver.write_text(
+        textwrap.dedent(f"""
+            import sys; sys.path.insert(0, {str(ROOT)!r})
+            import torch
+            from torch import nn
+            from pathlib import Path
+            from accelerate import Accelerator
+            from common.checkpoints import RunFolder
+            from common.cli import RunConfig
+            config = RunConfig(output_dir=Path({str(tmp_path)!r}), resume_from="auto")
+            folder = RunFolder(config, Accelerator(cpu=True), {{}})
+            model = nn.Linear(1000, 1000)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            state = folder.resume({{"model": model}}, {{"optimizer": optimizer}}) or {{"step": 0}}
+            print("ready", flush=True)
+            while True:
+                state["step"] += 1
+                nn.init.constant_(model.weight, state["step"])
+                for p in model.parameters(): optimizer.state[p] = {{"momentum_buffer": torch.full_like(p, state["step"])}}
+                folder.save(state, {{"model": model}}, {{"optimizer": optimizer}})
+        """)
+    )
     rng = random.Random(0)
     reached = 0
-    for _ in range(12):
-        process = subprocess.Popen([sys.executable, "-c", saver], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
+    for _ in range(16):
+        launch = Launch([], script=saver)
+        launch.wait_for(lambda launch=launch: "ready" in launch.output())
         time.sleep(0.15 + rng.random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        launch.kill()
         intact = [d for d in sorted((tmp_path / "checkpoints").glob("step-*")) if damage(d) is None]
         assert len(intact) == len(list((tmp_path / "checkpoints").glob("step-*"))) >= 1
         content = read_checkpoint(intact[-1])
@@ -283,4 +283,4 @@ def test_a_kill_in_the_middle_of_a_save_tears_nothing(tmp_path):
         assert content["optimizers"]["optimizer"]["state"][0]["momentum_buffer"].unique().tolist() == [step]
         assert step >= reached
         reached = step
-    assert reached > 12
+    assert reached > 16

@@ -66,7 +66,7 @@ def checkpoint_names(folder) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("via", "processes"), [("python", 1), ("accelerate", 1), ("accelerate", 2)])
+@pytest.mark.parametrize(("via", "processes"), [(None, 1), ("accelerate", 1), ("accelerate", 2)])
 def test_a_run_that_is_told_to_end_saves_where_it_stops_and_continues_there(start, flags, tmp_path, via, processes):
     """Again and again, in each way; what it saves, it saves because it was told to."""
     args = [*flags, *ENDLESS, "--num-workers", 2, "--output-dir", tmp_path, "--resume-from", "auto"]
@@ -100,9 +100,9 @@ def undisturbed(flags, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(4))
+@pytest.mark.parametrize("attempt", range(2))
 def test_a_launcher_with_max_restarts_brings_the_run_to_its_end(start, undisturbed, flags, tmp_path, attempt):
-    """Four launches of three restarts: stock torch loses about half of all restarts."""
+    """Two launches of three restarts: stock torch loses about half of all restarts."""
     args = [*flags, *RESTARTED, "--output-dir", tmp_path, "--resume-from", "auto"]
     launch = start(args, processes=2, via="accelerate", launcher_args=["--max_restarts", "3"])
     for step, victim in ((25, attempt % 2), (45, 1), (65, 0)):
@@ -163,7 +163,7 @@ def test_steps_that_are_not_finite_in_a_row_end_the_run_with_a_sentence(flags, t
 @pytest.fixture(scope="module")
 def finished(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    run([*flags, "--epochs", 2, "--output-dir", folder])
+    run([*flags, "--epochs", 2, "--output-dir", folder], via="python")
     return folder
 
 
@@ -209,9 +209,9 @@ def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(start,
 def test_wandb_without_a_login_writes_offline_and_a_resumed_run_keeps_its_id(flags, tmp_path):
     nobody = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path / "home")}
     args = [*flags, "--tracker", "wandb", "--output-dir", tmp_path]
-    text = run([*args, "--max-steps", 5], env=nobody)
+    text = run([*args, "--max-steps", 5], env=nobody, via="python")
     assert f"No W&B login found: logging offline below {tmp_path}" in text
-    run([*args, "--max-steps", 10, "--resume-from", "latest"], env=nobody)
+    run([*args, "--max-steps", 10, "--resume-from", "latest"], env=nobody, via="python")
     folders = [path.name.split("-") for path in (tmp_path / "wandb").glob("offline-run-*-*")]
     assert len(folders) == 2 and {name[-1] for name in folders} == {(tmp_path / "tracker_id").read_text()}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, Launch, rows, run
+from pages import assert_explained
 
 from common.causal_report import shortcut
 from common.causal_sets import Store, StoreWriter
@@ -128,7 +129,7 @@ def test_split_is_exact_disjoint_and_keeps_duplicates_together(tmp_path):
 
 def test_all_tasks_with_missing_labels_on_two_processes(mixed, tmp_path):
     """The sets of the curvature task have no class and so on; every head takes part, so DDP does not complain."""
-    run(["--dataset-path", mixed, "--output-dir", tmp_path, *QUICK, "--tasks", *ALL_TASKS], processes=2)
+    run(["--dataset-path", mixed, "--output-dir", tmp_path, *QUICK, "--tasks", *ALL_TASKS], processes=2, via="python")
     row = rows(tmp_path, "test")[-1]
     for task in ALL_TASKS:
         assert np.isfinite(row[f"test/{task}/loss"])
@@ -140,6 +141,7 @@ def test_all_tasks_with_missing_labels_on_two_processes(mixed, tmp_path):
     assert {"kind", "atoms", "class", "class_answer", "class_confidence", "curvature", "dimension_answer"} <= lines[0].keys()
     for task in ALL_TASKS[:3]:
         assert (tmp_path / "samples" / f"test_{task}.png").read_bytes().startswith(b"\x89PNG")
+    assert_explained("quantumgrav", tmp_path)
 
 
 def test_numbers_split_and_early_stop_are_the_same_on_1_2_and_3_processes(sets, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import ROOT, assert_same_run, rows, run
+from pages import assert_explained
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,7 +75,8 @@ def trained(flags, tmp_path_factory):
     def get(processes: int = 1, accumulation: int = 1, *more) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp("trained")
         dealt = ("--batch-size", GLOBAL_BATCH // processes // accumulation, "--accumulation-steps", accumulation)
-        return folder, launch([*flags, *dealt, *more, "--output-dir", folder], processes=processes)
+        via = "python" if processes == 1 and not more else None  # draws its pictures
+        return folder, launch([*flags, *dealt, *more, "--output-dir", folder], processes=processes, via=via)
 
     return get
 
@@ -146,6 +148,7 @@ def test_the_record_of_a_run(trained, frugal, half):
         assert (folder / "samples" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "held-out, 5 images" in (folder / "report.txt").read_text()
     assert "grey-world" in (folder / "report.txt").read_text()
+    assert_explained("student", folder, unseen={"train/perceptual", "train/tv"})
     assert json.loads((folder / "model/config.json").read_text())["classes"] == 10
 
 

@@ -18,6 +18,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from helpers import ROOT, assert_same_run, free_port, rows, run
+from pages import assert_explained
 from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor
@@ -115,7 +116,7 @@ def flags(camouflaged):
 @pytest.fixture(scope="module")
 def golden(flags, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("golden") / "run"
-    return folder, launch([*flags, *dealt(1), "--num-workers", 2, "--checkpoint-dir", folder])
+    return folder, launch([*flags, *dealt(1), "--num-workers", 2, "--checkpoint-dir", folder], via="python")
 
 
 def checkpoint(folder: Path, step: int, name: str = "model") -> dict[str, Tensor]:
@@ -243,6 +244,7 @@ def test_the_record_of_a_run(golden, camouflaged):
         assert np.mean([float(line[key]) for line in lines]) == pytest.approx(test[f"test/camouflage/{key}"], rel=1e-4)
     for name in ("camouflage", "validation", "routing"):
         assert (folder / "samples" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert_explained("ultimate", folder)
     assert read_image(folder / "curves.png").shape[2] == 3
     assert "Stage 1 from step 0: 0 of the backbone's parts train" in text
     assert "Stage 2 from step 6: 6 of the backbone's parts train" in text

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import ROOT, assert_same_run, rows, run
+from pages import assert_explained
 
 from common import ct
 from common.cli import UserError
@@ -71,7 +72,8 @@ def trained(flags, tmp_path_factory):
     def get(processes: int = 1, accumulation: int = 1, *more) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp("trained")
         dealt = ("--batch-size", GLOBAL_BATCH // processes // accumulation, "--accumulation-steps", accumulation)
-        return folder, launch([*flags, *dealt, *more, "--output-dir", folder], processes=processes)
+        via = "python" if processes == 1 and not more else None  # draws its pictures
+        return folder, launch([*flags, *dealt, *more, "--output-dir", folder], processes=processes, via=via)
 
     return get
 
@@ -168,6 +170,7 @@ def test_the_record_of_a_run(trained, chests):
     assert "resize" in (folder / "report.txt").read_text()
     val = rows(folder, "val")
     assert {"val/psnr", "val/hu_rmse", "val/ssim", "val/codes_used", "val/code_perplexity"} <= val[0].keys()
+    assert_explained("vqgan", folder, trained(1, 1, *ALL)[0], unseen={"train/perceptual"})
 
 
 def test_the_exported_average_is_what_was_evaluated(trained, chests):

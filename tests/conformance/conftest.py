@@ -1,43 +1,10 @@
-"""--script and its flags, the four scripts' small arguments, the lab that all checks share, the table at the end."""
+"""--script and its flags, the lab that all checks share, the table at the end."""
 
-import shlex
 from pathlib import Path
 
 import pytest
-from lab import Job, Lab
-
-SMALL = {  # script: (flags, batch flags with their value for one process, other settings)
-    "quantumgrav": (
-        "--dataset-path {sets} --split 0.7 0.19 0.11 --tasks manifold_like class curvature --width 16 --layers 1"
-        " --coarse-grain 0.3 --baseline-sets 0 --lr 1e-3 --epochs 9 --max-steps 30 --eval-every 10 --save-every 5",
-        {"--batch-size": 12},
-        {"rtol": 2e-5, "atol": 1e-6, "early": ("--lr", 0.1)},
-    ),
-    "student": (
-        "--train-root {water}/UIEB --pseudo-root {water}/pseudo --val-ref-root {water}/testset_ref"
-        " --val-nonref-root {water}/testset_nonref --img-size 32 --width 8 --blocks 1 1 2 --heads 4 --perceptual-weight 0"
-        " --val-images 3 --warmup-steps 2 --epochs 9 --max-steps 16 --eval-every 7 --save-every 4",
-        {"--batch-size": 4},
-        {"rtol": 2e-5, "atol": 1e-6},
-    ),
-    "ultimate": (
-        "--dataset-path {camouflaged} --backbone test_convnext --backbone-weights none --img-size 64 --width 16 --top-k 2"
-        " --stage1-epochs 2 --epochs 6 --warmup-epochs 1 --progressive-unfreeze --multi-scale 1 1.5"
-        " --eval-every 3 --save-every 5",
-        {"--batch-size": 8, "--stage2-batch-size": 4},
-        {"rtol": 2e-5, "atol": 1e-3, "early": ("--lr", 1e-9, "--stage2-lr", 1e-9, "--min-lr", 0)},
-    ),
-    "vqgan": (
-        "--dataset-path {chests}/scans --patch-size 16 16 16 --tile-size 32 --width 4 --blocks 1 --n-codes 32 --disc-width 4"
-        " --disc-layers 2 --perceptual-weight 0 --val-patients 2 --test-patients 3 --crops-per-scan 3 --warmup-steps 2"
-        " --discriminator-iter-start 4 --discriminator-warmup 2 --gan-ramp 3 --epochs 9 --max-steps 10 --eval-every 5"
-        " --save-every 4",
-        {"--batch-size": 4},
-        {"rtol": 2e-4, "atol": 2e-6, "idle": ("image.head.bias", "video.head.bias")},  # the hinge's halves cancel exactly
-    ),
-}
-ANY = "--epochs 99 --max-steps 16 --eval-every 7 --save-every 4"  # what a script gets before --script-args
-DATA = ("sets", "water", "camouflaged", "chests")  # fixtures of tests/conftest.py that {name} in the flags stands for
+from jobs import SMALL, Job
+from lab import Lab
 
 
 def pytest_addoption(parser):
@@ -71,15 +38,7 @@ def job(request, tmp_path_factory) -> Job:
     script = Path(option("--script")).resolve()
     assert script.is_file(), f"--script {script} does not exist"
     name = option("--like") or script.stem.removeprefix("train_")
-    given, (small, batches, settings) = option("--script-args"), SMALL.get(name, ("", {"--batch-size": 4}, {}))
-    if name in SMALL:
-        flags, cwd = f"{small} {given or ''}", Path.cwd()
-    elif given:
-        flags, cwd = f"{ANY} {given}", Path.cwd()
-    else:  # its demo data go to a folder of their own
-        flags, cwd = f"--demo {ANY}", tmp_path_factory.mktemp("demo")
-    args = [a.format_map({d: request.getfixturevalue(d) for d in DATA if f"{{{d}}}" in a}) for a in shlex.split(flags)]
-    return Job(script, tuple(args), batches, cwd, **settings)
+    return Job.of(script, name, option("--script-args"), request.getfixturevalue, lambda: tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +47,6 @@ def lab(job, request, tmp_path_factory):
     yield lab
     for launch in lab.launches:
         launch.kill()
-    lab.server.close()
 
 
 def pytest_terminal_summary(terminalreporter, config):

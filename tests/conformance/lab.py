@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import Launch, rows
+from jobs import Job
 from safetensors.numpy import load_file
-from warm import HOOK, Server, WarmLaunch
+
+HOOK = Path(__file__).parent / "hook"
 
 
 def fail(text: str) -> NoReturn:
@@ -23,33 +25,15 @@ def fail(text: str) -> NoReturn:
     pytest.fail(text, pytrace=False)
 
 
-@dataclass(frozen=True)
-class Job:
-    """A script and what makes it small."""
-
-    script: Path
-    args: tuple[str, ...]
-    batches: dict[str, int]
-    """Flags of a batch size per process with their value for one process; multiples of 4."""
-    cwd: Path
-    rtol: float = 1e-3
-    atol: float = 1e-5
-    early: tuple = ("--lr", 1e-9)
-    """Flags under which the evaluations soon stop improving."""
-    constant: tuple[str, ...] = ()
-    """Training values, besides lr and skipped, that may stay what they are in so short a run."""
-    idle: tuple[str, ...] = ()
-    """Beginnings of the names of parameters that may get no gradient in so short a run."""
-
-
 @dataclass
 class Lab:
     job: Job
     folder: Path
     patience: float
+    via: str | None = "python"
+    """How the run starts that all others are compared with: as users start it."""
     runs: dict[str, Path | str] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
-    server: Server = field(default_factory=Server)
 
     # -- launching
 
@@ -77,11 +61,7 @@ class Lab:
         env = {"PYTHONPATH": paths, "CONFORMANCE": json.dumps(plan)}
         args = self.args(processes, accumulation, workers, output, more)
         given = {"processes": processes, "script": self.job.script, "env": env, "cwd": self.job.cwd}
-        if via is None:
-            launch = WarmLaunch(self.server, args, **given)
-        else:
-            config = "cpu.yaml" if processes == 1 else "2xcpu.yaml"
-            launch = Launch(args, via=via, config=config, **given)
+        launch = Launch(args, via=via, config="cpu.yaml" if processes == 1 else "2xcpu.yaml", **given)
         self.launches.append(launch)
         return launch
 
@@ -104,7 +84,7 @@ class Lab:
     def run(self, *more, **options) -> Path:
         """An undisturbed run, launched when it is first asked for; if it fails, every check that needs it does."""
         if not more and not options:
-            options = {"via": "python"}  # what all others are compared with starts as users start it
+            options = {"via": self.via}
         usual = {"processes": 1, "accumulation": 1, "workers": 0, "via": None}
         key = repr((more, sorted((k, v) for k, v in options.items() if usual.get(k) != v or k not in usual)))
         if key not in self.runs:
@@ -135,6 +115,17 @@ class Lab:
         found = Counter(e["at"] for e in events if e["event"] == "touch" and e["at"])
         commits = {e["at"] for e in events if e["event"] == "touch" and e["path"].startswith("checkpoints") and e["at"]}
         return {step: count for step, count in sorted(found.items()) if step in commits}
+
+    def phases(self) -> list[int]:
+        """Steps in which parameters get their first gradient, but for the first two: a last layer that begins with zeros
+        passes none to the others in the first step."""
+        found, step = [], 1
+        for event in ledger(self.run())[0]:
+            if event["event"] == "gradient" and step > 2:
+                found.append(step)
+            elif event["event"] == "step" and event["optimizer"] == 0:
+                step = event["step"] + 1
+        return sorted(set(found))
 
     def middle(self) -> int:
         """A step in the middle of an epoch with a logged step between it and the checkpoint before."""

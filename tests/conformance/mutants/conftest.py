@@ -15,18 +15,10 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
 
 
-CAUGHT: list = []
-
-
-@pytest.fixture(scope="session")
-def asked() -> list:
-    """(mutant, {check: message}) of this session."""
-    return CAUGHT
-
-
 def pytest_terminal_summary(terminalreporter):
-    for mutant, found in CAUGHT:
-        terminalreporter.write_line(f"{mutant.bug}: {', '.join(sorted(found)) or 'nothing'}")
-        for name, message in sorted(found.items()):
-            if name.startswith(mutant.caught_by):
-                terminalreporter.write_line(f"    {message[:400]}")
+    reports = [r for found in terminalreporter.stats.values() for r in found if isinstance(r, pytest.TestReport)]
+    for report in reports:
+        for bug, found in report.user_properties if report.when == "call" else ():
+            terminalreporter.write_line(f"{report.duration:5.1f} s  {bug}: {', '.join(sorted(found)) or 'nothing'}")
+            for message in found.values():
+                terminalreporter.write_line(f"           {' '.join(message.split())[:250]}")

@@ -1,11 +1,12 @@
-"""Bugs of real training scripts, each planted into a copy of train_quantumgrav.py and common/ by replacing text.
+"""Bugs of real training scripts, each planted into a copy of a script and common/ by replacing text.
 
 `caught_by` names the check that must fail; the table in tests/README.md says what else does."""
 
 from dataclasses import dataclass
 
 SCRIPT, DATA, TRAINING = "scripts/train_quantumgrav.py", "common/data.py", "common/training.py"
-CHECKPOINTS, LOGS = "common/checkpoints.py", "common/logs.py"
+CHECKPOINTS, LOGS, CLI, QUANTIZERS = "common/checkpoints.py", "common/logs.py", "common/cli.py", "common/quantizers.py"
+STUDENT, ULTIMATE, VQGAN = (f"scripts/train_{name}.py" for name in ("student", "ultimate", "vqgan"))
 
 SPLIT = "training_does_not_depend_on_the_split_of_the_batch"
 RATE = "the_learning_rate_does_not_depend_on_the_split_of_the_batch"
@@ -25,6 +26,10 @@ OTHER_WORLD = "a_run_continues_on_another_number_of_processes"
 DAMAGED = "a_damaged_checkpoint_is_passed_over"
 HOSTILE = "a_hostile_checkpoint_runs_no_code"
 NAN = "a_nan_on_one_rank_harms_no_weight_and_stops_no_rank"
+STOPPED = "a_stopped_run_resumes_exactly_on_two_processes"
+DEAD = "when_one_rank_dies_the_others_end_and_the_run_can_go_on"
+PHASE = "a_run_killed_where_a_phase_begins_resumes_exactly"
+LAUNCHER = "the_launcher_changes_nothing"
 WANDB = "a_wandb_run_offline_is_complete"
 
 
@@ -34,6 +39,7 @@ class Mutant:
     caught_by: str
     edits: tuple[tuple[str, str, str], ...]
     """(file, text that stands there once, text in its place)"""
+    job: str = "quantumgrav"
 
 
 REPLICA_CHECK = 'training.check_replicas(accelerator, raw, f"after step {step}")'
@@ -374,5 +380,198 @@ MUTANTS = (
                 'if losses["loss"].isfinite(): accelerator.backward(losses["loss"] * sampler.parts)',
             ),
         ),
+    ),
+    Mutant(
+        "the order depends on Python's hash of a string",
+        LAUNCHER,
+        (
+            (
+                DATA,
+                "default_rng([self.seed, self.first_epoch + epoch])",
+                'default_rng([self.seed, self.first_epoch + epoch, abs(hash("order"))])',
+            ),
+        ),
+    ),
+    Mutant(
+        "the order depends on the number of processes",
+        OTHER_WORLD,
+        (
+            (
+                DATA,
+                "default_rng([self.seed, self.first_epoch + epoch])",
+                "default_rng([self.seed, self.first_epoch + epoch, self.processes])",
+            ),
+        ),
+    ),
+    Mutant(
+        "a lost process counts as success",
+        DEAD,
+        ((CLI, "os._exit(code)  #", "os._exit(0)  #"),),
+    ),
+    Mutant(
+        "the optimizer is loaded on rank 0 alone",
+        STOPPED,
+        (
+            (
+                CHECKPOINTS,
+                "target.load_state_dict(content[kind][name])",
+                'if kind == "modules" or self.accelerator.is_main_process:\n'
+                "                        target.load_state_dict(content[kind][name])",
+            ),
+            (SCRIPT, REPLICA_CHECK, "pass"),
+        ),
+    ),
+    Mutant(
+        "evaluation is not sent to the tracker",
+        WANDB,
+        (
+            (
+                LOGS,
+                'self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])',
+                'self.accelerator.log({k: v for k, v in row.items() if k.startswith("train/")}, step=row["step"])',
+            ),
+        ),
+    ),
+    # -- of the other scripts
+    Mutant(
+        "layers thawed after the wrap",
+        REPLICAS,
+        (
+            (
+                ULTIMATE,
+                "            model = training.rewrap(accelerator, model)\n",
+                "            model = training.rewrap(accelerator, model) if steps is None else model\n",
+            ),
+            (ULTIMATE, 'training.check_replicas(accelerator, raw, f"at step {step}, stage {phase.stage}")', "pass"),
+            (ULTIMATE, REPLICA_CHECK, "pass"),
+        ),
+        "ultimate",
+    ),
+    Mutant(
+        "the average misses what thaws later",
+        AVERAGES,
+        (
+            (
+                TRAINING,
+                "list(self.module.parameters()), list(model.parameters()),",
+                "*zip(*[(mine, theirs) for (name, mine), theirs in zip(self.module.named_parameters(), model.parameters())"
+                ' if not name.startswith("backbone")]),',
+            ),
+        ),
+        "ultimate",
+    ),
+    Mutant(
+        "a resumed run begins with a frozen backbone",
+        PHASE,
+        (
+            (
+                ULTIMATE,
+                "thaw(raw.backbone, phase.thawed)",
+                "thaw(raw.backbone, phase.thawed if steps is not None else 0)",
+            ),
+        ),
+        "ultimate",
+    ),
+    Mutant(
+        "masks not resized with the images",
+        SPLIT,
+        (
+            (
+                ULTIMATE,
+                "return image, (upsample(mask[:, None], (size, size))[:, 0] > 0.5).float()",
+                "return image, mask",
+            ),
+        ),
+        "ultimate",
+    ),
+    Mutant(
+        "each rank balances its own experts",
+        SPLIT,
+        (
+            (
+                ULTIMATE,
+                'means = ([verdict.terms[f"{kind}/{key}/{i}"] for i in range(experts)]',
+                'means = ([float(totals[f"{kind}/{key}/{i}"]) * accelerator.num_processes for i in range(experts)]',
+            ),
+        ),
+        "ultimate",
+    ),
+    Mutant(
+        "the codebook starts again on resume",
+        RESUME,
+        (
+            (
+                VQGAN,
+                "    elif not config.init_from:\n        start_codebook",
+                "    if not config.init_from:\n        start_codebook",
+            ),
+        ),
+        "vqgan",
+    ),
+    Mutant(
+        "each rank has a codebook of its own",
+        SPLIT,
+        ((QUANTIZERS, 'accelerator.reduce(self._collected, "sum")', "self._collected"),),
+        "vqgan",
+    ),
+    Mutant(
+        "two accumulate contexts",
+        SPLIT,
+        (
+            (
+                VQGAN,
+                "with accelerator.accumulate(model, disc):",
+                "with accelerator.accumulate(model), accelerator.accumulate(disc):",
+            ),
+        ),
+        "vqgan",
+    ),
+    Mutant(
+        "discriminators are never called",
+        GRADIENTS,
+        ((VQGAN, "if judging:\n                    judged,", "if False:\n                    judged,"),),
+        "vqgan",
+    ),
+    Mutant(
+        "the loss is summed over the batch instead of the channels",
+        SPLIT,
+        (
+            (
+                VQGAN,
+                "(output.reconstruction - target).abs().flatten(1).mean(1)}",
+                "sum((a - b).abs().mean() for a, b in zip(output.reconstruction, target)).expand(len(target))}",
+            ),
+        ),
+        "vqgan",
+    ),
+    Mutant(
+        "crops repeat in each worker",
+        WORKERS,
+        (
+            (
+                STUDENT,
+                "rng = np.random.default_rng([self.config.seed, index, epoch])",
+                "worker = torch.utils.data.get_worker_info()\n"
+                "        rng = np.random.default_rng([self.config.seed, worker.id if worker else 0, epoch])",
+            ),
+        ),
+        "student",
+    ),
+    Mutant(
+        "crops drawn from the process's global generator",
+        RESUME,
+        (
+            (
+                STUDENT,
+                "rng = np.random.default_rng([self.config.seed, index, epoch])",
+                "rng = np.random.default_rng(np.random.randint(1 << 30))",
+            ),
+            (
+                STUDENT,
+                "    accelerator = launch.start(config)",
+                "    accelerator = launch.start(config)\n    np.random.seed(0)",
+            ),
+        ),
+        "student",
     ),
 )
