@@ -71,21 +71,21 @@ class Config(RunConfig):
     model: Literal["relations", "transformer", "gcn"] = "relations"
     """Message passing over links, relations and misfits; attention biased by the relation; QuantumGrav's one-layer GCN."""
     width: int = 48
-    """Channels."""
+    """Channels per atom."""
     layers: int = 3
     """Message-passing rounds or attention blocks."""
     heads: int = 4
     """Attention heads of the transformer."""
     dropout: float = 0.0
-    """Dropout in the readout. Its noise depends on the number of processes, everything else does not."""
+    """Share of the readout's features that are zeroed. This noise depends on the number of processes; nothing else does."""
 
     # optimization
     weight_decay: float = 1e-2
     """AdamW's decoupled weight decay."""
     warmup_steps: int = 20
-    """Steps of linear warm-up before the cosine."""
+    """Optimizer steps of linear warm-up before the cosine."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Gradients of a larger norm are scaled down to it."""
     ema_decay: float = 0.99
     """Decay of the averaged weights, which are what is evaluated and exported."""
 
@@ -95,7 +95,7 @@ class Config(RunConfig):
     early_stop_mode: Literal["any", "all"] = "any"
     """Whether any or all of the metrics must improve."""
     early_stop_delta: float = 0.0
-    """Least change that counts as an improvement."""
+    """Least change of the metric that counts as an improvement."""
     early_stop_grace: int = 0
     """Evaluations before patience may run out."""
     early_stop_initial: float | None = None

@@ -77,11 +77,11 @@ class Config(RunConfig):
     pseudo_root: Path | None = None
     """The teacher's labels of the training images: <stem>.npz, <stem>.pt, or <stem>_{masks,probs,features}.npy."""
     img_size: int = 256
-    """Side of the training crops."""
+    """Side of the training crops, in pixels."""
     progressive_sizes: tuple[int, ...] = ()
-    """Crop sides over equal parts of the epochs instead of --img-size, e.g. 128 192 256."""
+    """Instead of --img-size: crop sides in pixels, over equal parts of the epochs, e.g. 128 192 256."""
     tile_size: int = 1536
-    """Larger images are restored in overlapping tiles of this side when evaluated."""
+    """Larger images are evaluated in overlapping tiles of this side, in pixels."""
 
     # model
     width: int = 56
@@ -99,35 +99,35 @@ class Config(RunConfig):
 
     # losses
     rec_weight: float = 1.0
-    """Charbonnier."""
+    """Weight of the difference of the pixels (Charbonnier)."""
     dssim_weight: float = 0.2
-    """1 - SSIM."""
+    """Weight of 1 - SSIM."""
     perceptual_weight: float = 0.05
-    """VGG19 features."""
+    """Weight of the difference of VGG19's features; 0 needs no VGG19."""
     perceptual_layers: tuple[str, ...] = ("relu2_2", "relu3_4")
-    """Layers of VGG19."""
+    """Layers of VGG19 whose features are compared."""
     perceptual_weights: str = "imagenet"
     """File with torchvision's vgg19 weights, or imagenet, which torchvision downloads."""
     hf_weight: float = 0.1
-    """Haar bands LH, HL, HH."""
+    """Weight of the difference of the Haar bands LH, HL, HH."""
     lf_weight: float = 0.1
-    """Haar band LL and its spectrum."""
+    """Weight of the difference of the Haar band LL and of its spectrum."""
     hf_mask: int | None = None
-    """Teacher's map that weights the high bands, e.g. of blur; unset: all places alike."""
+    """Number of the teacher's map, from 0, that weights the high bands, e.g. of blur; unset: all places alike."""
     lf_mask: int | None = None
-    """Teacher's map that weights the low band, e.g. of backscatter."""
+    """Number of the teacher's map that weights the low band, e.g. of backscatter; unset: all places alike."""
     region_weight: float = 0.1
-    """L1 within each of the teacher's maps."""
+    """Weight of the L1 within each of the teacher's maps."""
     mask_weight: float = 0.1
-    """The student's own maps against the teacher's."""
+    """Weight of the student's own maps against the teacher's."""
     code_weight: float = 0.05
-    """The student's own degradation code against the teacher's."""
+    """Weight of the student's own degradation code against the teacher's."""
     kd_weight: float = 0.1
-    """Degradation probabilities, Kullback-Leibler."""
+    """Weight of the degradation probabilities against the teacher's (Kullback-Leibler)."""
     feature_weight: float = 0.02
-    """Spatial affinity of the gates against that of the maps."""
+    """Weight of the spatial affinity of the gates against that of the teacher's maps."""
     tv_weight: float = 0.0
-    """Total variation of the output."""
+    """Weight of the total variation of the output."""
     mask_dropout: float = 0.7
     """Share of the labelled samples that must do without the teacher's maps and code, as at inference."""
 
@@ -135,9 +135,9 @@ class Config(RunConfig):
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     warmup_steps: int = 50
-    """Steps of linear warm-up before the cosine."""
+    """Optimizer steps of linear warm-up before the cosine."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Gradients of a larger norm are scaled down to it."""
     ema_decay: float = 0.995
     """Decay of the averaged weights, which are what is evaluated and exported."""
 

@@ -71,7 +71,7 @@ class Config(RunConfig):
     val_share: float = 0.1
     """Part of the training images, stratified by super-class, on which checkpoints are compared."""
     img_size: int = 352
-    """Images are resized to this square for the network; maps are scored at the masks' own size."""
+    """Side in pixels of the square that the network sees; maps are scored at the masks' own size."""
     multi_scale: tuple[float, ...] = (0.75, 1.0, 1.25)
     """Factors on --img-size, one per training step."""
     evaluate_maps: tuple[Path, Path] | None = None
@@ -117,7 +117,7 @@ class Config(RunConfig):
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Gradients of a larger norm are scaled down to it."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are what is evaluated and exported."""
     deep_weight: float = 0.4

@@ -90,7 +90,7 @@ class Config(RunConfig):
     body_share: float = 0.3
     """Part of a random patch that should be body and not air around it."""
     tile_size: int = 128
-    """Side of the tiles in which whole volumes are evaluated; memory grows with its third power."""
+    """Side in voxels of the tiles in which whole volumes are evaluated; memory grows with its third power."""
 
     # model
     downsample: tuple[int, int, int] = (4, 4, 4)
@@ -108,7 +108,7 @@ class Config(RunConfig):
     n_codes: int = 8192
     """Entries of the codebook."""
     embedding_dim: int = 8
-    """Length of an entry."""
+    """Numbers in an entry."""
     codebook_decay: float = 0.99
     """Decay of the codebook's running means."""
     restart_below: float = 0.03
@@ -126,23 +126,23 @@ class Config(RunConfig):
 
     # losses
     l1_weight: float = 4.0
-    """Mean absolute error."""
+    """Weight of the mean absolute error."""
     commitment_weight: float = 0.25
-    """Latents towards their codes."""
+    """Weight of the squared distance of latents to their codes."""
     perceptual: str = "timm:vgg19"
     """Network of the perceptual loss: timm:NAME, or timm:NAME@FILE with its weights."""
     perceptual_weight: float = 1.0
-    """Distance of the features of slices along three axes."""
+    """Weight of the difference of the features of slices along three axes; 0 needs no network."""
     slices: int = 2
     """Slices along each axis that the perceptual loss and the slice discriminator see of a patch."""
     image_gan_weight: float = 0.1
-    """Adversarial loss of the slice discriminator."""
+    """Weight of the adversarial loss of the slice discriminator."""
     video_gan_weight: float = 0.1
-    """Adversarial loss of the volume discriminator."""
+    """Weight of the adversarial loss of the volume discriminator."""
     gan_feat_weight: float = 1.0
-    """Feature matching: distance of the discriminators' features."""
+    """Weight of feature matching: distance of the discriminators' features."""
     lecam_weight: float = 0.0
-    """LeCAM regularisation of the discriminators, e.g. 0.001; for few patients."""
+    """Weight of the LeCAM regularisation of the discriminators, e.g. 0.001; for few patients."""
     adaptive_weight: bool = False
     """Scale the adversarial losses so that at the decoder's last layer they pull as much as the others."""
     disc_width: int = 64
@@ -162,9 +162,9 @@ class Config(RunConfig):
 
     # optimization
     warmup_steps: int = 50
-    """Steps of linear warm-up before the cosine."""
+    """Optimizer steps of linear warm-up before the cosine."""
     clip: float = 1.0
-    """Largest gradient norm, of the autoencoder and of the discriminators."""
+    """Gradients of a larger norm are scaled down to it, those of autoencoder and discriminators each by themselves."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are what is evaluated and exported."""
 

@@ -8,8 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
+import write_flags
 from helpers import ROOT
+
+from common.cli import RunConfig, flag, parse_only
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import accelerator  # noqa: E402
+import demos  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -98,10 +106,120 @@ def test_the_flags_of_a_page_exist(name):
 
 
 def test_links_and_the_tree_exist():
-    for target in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"^(common/\S+|scripts/|tests/|accelerate_configs/) ", README, re.M):
-        assert (ROOT / name).exists(), name
+    for page in (pages.README, pages.SCRIPTS):
+        for target, heading in re.findall(r"\]\(([\w./]+)(?:#([\w-]+))?\)", page.read_text()):
+            assert (page.parent / target).exists(), target
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", (page.parent / target).read_text(), re.M)
+                anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+                anchors = [
+                    name + (f"-{anchors[:i].count(name)}" if name in anchors[:i] else "") for i, name in enumerate(anchors)
+                ]
+                assert heading in anchors, (target, heading)
+    tree = re.search(r"^scripts/ .*?(?=^```)", README, re.M | re.S)[0]
+    inside = [name for line in tree.splitlines() if line.startswith("  ") for name in re.findall(r"\w+\.py", line)]
+    assert sorted(inside) == sorted(path.name for path in (ROOT / "common").glob("*.py") if path.stem != "__init__")
+    for name in re.findall(r"^(\w+/) ", tree, re.M):
+        assert (ROOT / name).is_dir(), name
+
+
+def test_the_page_of_flags_is_what_the_scripts_say():
+    assert write_flags.PAGE.read_text() == write_flags.page(), "run: python tests/write_flags.py"
+
+
+@pytest.mark.parametrize("script", [f"{kind}_{name}" for kind in ("train", "predict") for name in SMALL])
+def test_every_flag_is_explained_in_a_sentence(script):
+    cls = write_flags.settings(script)
+    for each in (RunConfig, cls):
+        inherited = () if each is RunConfig or not issubclass(cls, RunConfig) else write_flags.fields_of(RunConfig)
+        for name, _, text in write_flags.described(each):
+            assert name in inherited or (text and text.endswith(".") and len(text) > 12), f"{script}.py {flag(name)}: {text}"
+
+
+def test_help_shows_the_same_sentences(capsys):
+    """Also those of flags that a script inherits and of flags to which it gives another default."""
+    with pytest.raises(SystemExit):
+        parse_only(write_flags.settings("train_vqgan"), ["--help"])
+    shown = "".join(re.sub(r"[│\s]", "", capsys.readouterr().out))
+    for cls in (RunConfig, write_flags.settings("train_vqgan")):
+        texts = [text for _, _, text in write_flags.described(cls) if text]
+        assert len(texts) > 10 and all(re.sub(r"\s", "", text) in shown for text in texts)
+
+
+OTHERS = {  # flags of accelerate, sbatch and pytest
+    *("num_processes", "machine_rank", "main_process_ip", "config_file", "max_restarts"),
+    *("nodes", "gpus-per-node", "cpus-per-task", "time", "signal", "pid", "script", "like", "quick"),
+}
+
+
+def test_the_flags_of_the_readme_exist_in_the_script_of_their_row():
+    def flags_of(script: str) -> set[str]:
+        return {flag(name)[2:] for name in write_flags.fields_of(write_flags.settings(script))}
+
+    train = {name: flags_of(f"train_{name}") for name in SMALL}
+    known = OTHERS.union(*train.values(), *(flags_of(f"predict_{name}") for name in SMALL))
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README)) <= known
+    rows = re.findall(r"^\| `train_(\w+)\.py` \|(.*)$", README, re.M)
+    assert len(rows) == 8
+    for name, row in rows:
+        assert set(re.findall(r"--([a-z][\w-]+)", row)) <= train[name], name
+
+
+def test_what_the_readme_quotes_is_what_the_scripts_print():
+    code = "".join(path.read_text() for path in (ROOT / "common").glob("*.py"))
+    code = re.sub(r"\"\s+f?\"", "", code)  # strings that go on in the next line
+    for quote in (
+        "Out of memory. Halve --batch-size and double --accumulation-steps ",
+        "Another process of this run died or stopped answering",
+        "Process 0/4 started on ",
+        "Cached 120 of 900 scans, ETA ",
+        "waiting for another process to leave ",
+        "Step 120/9000: ",
+    ):
+        assert quote in README and re.sub(r"\d+", "%d", quote) in code, quote
+
+
+@pytest.mark.parametrize("name", accelerator.LAUNCHES)
+def test_the_launches_for_a_gpu_are_understood(name):
+    for line in accelerator.LAUNCHES[name]:
+        config = parse_only(write_flags.settings(f"train_{name}"), accelerator.flags_of(name, line, 30))
+        assert config.max_steps == 30 and config.mixed_precision in ("no", "fp16", "bf16")
+
+
+def test_the_tables_of_demos_are_the_measured_ones():
+    records = demos.read()
+    assert records
+    for page, name, text in pages.blocks(records):
+        assert pages.filled(page.read_text(), name, text) == page.read_text(), "run: python tests/benchmarks/demos.py"
+    for record in records:
+        assert record["cpu"] and record["commit"] and record["cpu_minutes"] > 0.1 and record["peak_mb"] > 100
+
+
+@pytest.mark.parametrize("name", pages.SHOWN)
+def test_what_the_tables_of_demos_show_is_logged_or_reported(name):
+    shown = pages.SHOWN[name]
+    keys = {shown["first"][1], *shown["beside"].values(), *(key for row in shown["rows"].values() for key in row[::2])}
+    reports = "".join(path.read_text() for path in (ROOT / "common").glob("ca*.py"))
+    for key in keys:
+        logged = any(pages.explains(pattern, key) for pattern in pages.keys_of(f"train_{name}.py"))
+        assert logged if "/" in key else f'"{key}"' in reports, key
+    seeds = [{"script": name, "seed": seed, "metrics": dict.fromkeys(keys, seed / 8), **COST} for seed in (1, 3)]
+    assert "seed 1, 3 |" in pages.first_page(seeds) and " 0.12" in pages.first_page(seeds)
+    lines = pages.own_page(seeds, name).splitlines()
+    assert {line.count("|") for line in lines[:-2]} == {4} and lines[-1].startswith("a CPU, 1 thread, torch 2, commit 123")
+
+
+COST = {"cpu_minutes": 1.0, "peak_mb": 512.0, "cpu": "a CPU", "torch": "2", "commit": "123"}
+
+
+def test_a_demo_is_measured_as_a_user_runs_it(sets):
+    small = ["--dataset-path", str(sets), "--transfer-path", "None", "--max-steps", "2", "--width", "8", "--batch-size", "8"]
+    record = demos.measured("quantumgrav", 3, *small)
+    assert record["command"] == "python scripts/train_quantumgrav.py --demo --seed 3"
+    assert 0 < record["cpu_minutes"] < 2 and 100 < record["peak_mb"] < 4000
+    scores = record["metrics"]
+    assert 0 <= scores["test/manifold_like/accuracy"] <= 1 and 0 <= scores["boosting on all classical observables"] <= 1
+    assert scores["the commonest answer"] == pytest.approx(scores["test/manifold_like/majority"], abs=1e-3)
 
 
 @pytest.mark.slow
