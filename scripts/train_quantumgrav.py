@@ -711,12 +711,12 @@ def main(config: Config) -> None:
         last = step == sampler.total_steps
         better, score = False, None
         if step > state["evaluated"] and (step % eval_every == 0 or last) and not stopping:
-            metrics, table = evaluate(ema.module, tasks, val_loader, accelerator)
-            log.evaluation(step, epoch, {f"val/{key}": value for key, value in metrics.items()})
-            logger.info("Validation: loss=%.3f ± %.3f", metrics["loss"], standard_error(tasks, table))
-            better, state["ended"] = stopper.update(accelerator, {f"val/{key}": value for key, value in metrics.items()})
+            values, table = evaluate(ema.module, tasks, val_loader, accelerator)
+            log.evaluation(step, epoch, {f"val/{name}": value for name, value in values.items()})
+            logger.info("Validation: loss=%.3f ± %.3f", values["loss"], standard_error(tasks, table))
+            better, state["ended"] = stopper.update(accelerator, {f"val/{name}": value for name, value in values.items()})
             rule = stopper.rules[0]
-            score = metrics[rule.metric.removeprefix("val/")] * (1 if rule.mode == "max" else -1)
+            score = values[rule.metric.removeprefix("val/")] * (1 if rule.mode == "max" else -1)
             state["evaluated"] = step
             if better:
                 logger.info("Found better model at epoch %d.", epoch)
@@ -739,17 +739,18 @@ def main(config: Config) -> None:
         training.set_lr(optimizer, config.lr * training.cosine(step, sampler.total_steps, warmup=config.warmup_steps))
         batches = next(steps)
         counts = accelerator.reduce(tasks.counts(batches), "sum").clamp(min=1)  # one denominator for the global batch
-        terms = dict.fromkeys(("loss", *tasks.names), torch.zeros((), device=accelerator.device))
+        totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             training.seed_step(config.seed, step, micro, accelerator.process_index)
             with accelerator.accumulate(model):
-                losses = tasks.losses(model(batch), batch)
-                losses = {task: loss.sum() / count for (task, loss), count in zip(losses.items(), counts, strict=True)}
-                losses["loss"] = sum(losses.values())
-                accelerator.backward(losses["loss"] * sampler.parts)  # undoes DDP's mean and the division by accumulation
-            terms = {name: value + losses[name].detach() for name, value in terms.items()}
+                terms = tasks.losses(model(batch), batch)
+                terms = {name: term.sum() / count for (name, term), count in zip(terms.items(), counts, strict=True)}
+                loss = sum(terms.values())
+                accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
+            for name, value in {"loss": loss, **terms}.items():
+                totals[name] = totals.get(name, 0) + value.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        verdict = training.agree(accelerator, terms, norm)
+        verdict = training.agree(accelerator, totals, norm)
         finite = guard.passes(verdict, step + 1)
         if finite or accelerator.scaler:  # the fp16 scaler skips by itself, and must see the step to lower its scale
             optimizer.step()
@@ -785,13 +786,13 @@ def main(config: Config) -> None:
     if transfer:
         sets["transfer"] = CausalSets(transfer, np.arange(len(transfer)), config)
     results = {name: evaluate(ema.module, tasks, eval_loader(part), accelerator) for name, part in sets.items()}
-    for name, (metrics, _) in results.items():
+    for name, (values, _) in results.items():
         prefix = "test" if name == "test" else f"test/{name}"
-        log.evaluation(step, epoch, {f"{prefix}/{key}": value for key, value in metrics.items()})
+        log.evaluation(step, epoch, {f"{prefix}/{key}": value for key, value in values.items()})
     if accelerator.is_main_process:  # no collective from here on: the others may leave
         for name, (_, table) in results.items():
             describe(tasks, table, sets[name].store, config.output_dir, name)
-        scores = {name: metrics for name, (metrics, _) in results.items()}
+        scores = {name: values for name, (values, _) in results.items()}
         further = partial(misfit_totals, store, config=config)
         summary = compare(
             tasks.names, store, train_set.ids, test_set.ids, scores, config.baseline_sets, config.seed, further

@@ -882,7 +882,7 @@ def main(config: Config) -> None:
         epoch = plan.epoch(max(step - 1, 0))
         epoch_ended = plan.epoch_ends(step)
         last = step == plan.total_steps
-        better, score_now = False, None
+        better, score = False, None
         due = step % config.eval_every == 0 if config.eval_every else epoch_ended
         if step > state["evaluated"] and (due or last) and not stopping:
             values, table = evaluate(ema.module, val_loader, accelerator)
@@ -893,19 +893,19 @@ def main(config: Config) -> None:
                 *(values[name] for name in ("sm", "wfm", "em_mean", "mae", "iou")),
             )
             better, state["ended"] = stopper.update(accelerator, {f"val/{name}": value for name, value in values.items()})
-            score_now = values[config.select] * (1 if mode == "max" else -1)
+            score = values[config.select] * (1 if mode == "max" else -1)
             state["evaluated"] = step
             if better:
                 export(best_threshold(table))
             stopping = training.agree_to_stop(accelerator)
         due = step % config.save_every == 0 if config.save_every else epoch_ended
-        due = due or last or stopping or better or state["ended"] or folder.wants(state, score_now)
+        due = due or last or stopping or better or state["ended"] or folder.wants(state, score)
         if due and saved != (step, state["evaluated"]):
             saved = (step, state["evaluated"])
             logger.info("Saving checkpoint at step %d.", step)
             log.sync()
             state |= {"step": step, "guard": guard.state_dict(), "stopper": stopper.state_dict()}
-            folder.save(state, modules, optimizers, score=score_now, best=better)
+            folder.save(state, modules, optimizers, score=score, best=better)
             log.resume_clock(step, steps.waited if steps else 0.0)
         if stopping or last or state["ended"]:
             break
@@ -942,8 +942,8 @@ def main(config: Config) -> None:
             routed = {name: value / count for name, value in routing(answer, config.top_k).items()}
             for name, value in {"loss": loss, **terms, **routed}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        verdict = training.agree(accelerator, totals, grad_norm)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        verdict = training.agree(accelerator, totals, norm)
         finite = guard.passes(verdict, step + 1)
         if finite or accelerator.scaler:  # the fp16 scaler skips by itself, and must see the step to lower its scale
             optimizer.step()

@@ -61,7 +61,7 @@ MUTANTS = (
     Mutant(
         "loss divided by the accumulation twice",
         SPLIT,
-        ((SCRIPT, 'losses["loss"] * sampler.parts)', 'losses["loss"] * accelerator.num_processes)'),),
+        ((SCRIPT, "loss * sampler.parts)", "loss * accelerator.num_processes)"),),
     ),
     Mutant(
         "zero_grad before each backward",
@@ -69,8 +69,8 @@ MUTANTS = (
         (
             (
                 SCRIPT,
-                'accelerator.backward(losses["loss"] * sampler.parts)',
-                'optimizer.zero_grad(); accelerator.backward(losses["loss"] * sampler.parts)',
+                "accelerator.backward(loss * sampler.parts)",
+                "optimizer.zero_grad(); accelerator.backward(loss * sampler.parts)",
             ),
         ),
     ),
@@ -185,7 +185,7 @@ MUTANTS = (
         "forward pass through the unwrapped model",
         REPLICAS,
         (
-            (SCRIPT, "losses = tasks.losses(model(batch), batch)", "losses = tasks.losses(raw(batch), batch)"),
+            (SCRIPT, "terms = tasks.losses(model(batch), batch)", "terms = tasks.losses(raw(batch), batch)"),
             (SCRIPT, REPLICA_CHECK, "pass"),
         ),
     ),
@@ -228,8 +228,8 @@ MUTANTS = (
         (
             (
                 SCRIPT,
-                "verdict = training.agree(accelerator, terms, norm)",
-                "verdict = training.agree(accelerator, terms, norm); optimizer.zero_grad(set_to_none=False)",
+                "verdict = training.agree(accelerator, totals, norm)",
+                "verdict = training.agree(accelerator, totals, norm); optimizer.zero_grad(set_to_none=False)",
             ),
         ),
     ),
@@ -376,8 +376,8 @@ MUTANTS = (
         (
             (
                 SCRIPT,
-                'accelerator.backward(losses["loss"] * sampler.parts)',
-                'if losses["loss"].isfinite(): accelerator.backward(losses["loss"] * sampler.parts)',
+                "accelerator.backward(loss * sampler.parts)",
+                "if loss.isfinite(): accelerator.backward(loss * sampler.parts)",
             ),
         ),
     ),
@@ -573,5 +573,42 @@ MUTANTS = (
             ),
         ),
         "student",
+    ),
+)
+
+FORK = Mutant(
+    "none: a fork with another model, another dataset class and one more loss",
+    "",
+    (
+        (
+            SCRIPT,
+            "nn.Sequential(nn.Linear(3 * width, 2 * width), nn.GELU(), nn.Dropout(dropout))",
+            "nn.Sequential(nn.Linear(3 * width, 9), nn.SiLU(), nn.Linear(9, 2 * width), nn.LayerNorm(2 * width))",
+        ),
+        (
+            SCRIPT,
+            "def collate(samples: list[dict])",
+            "class Thinned(CausalSets):\n"
+            "    def __getitem__(self, key):\n"
+            "        sample = super().__getitem__(key)\n"
+            "        if isinstance(key, tuple):\n"
+            "            keep = np.random.default_rng([self.config.seed, *key]).random(len(sample['relations'])) < 0.9\n"
+            "            keep[:2] = True\n"
+            "            sample['relations'] = sample['relations'][np.ix_(keep, keep)]\n"
+            "        return sample\n\n\n"
+            "def collate(samples: list[dict])",
+        ),
+        (SCRIPT, "parts = [CausalSets(store, ids, config)", "parts = [Thinned(store, ids, config)"),
+        (
+            SCRIPT,
+            "terms = tasks.losses(model(batch), batch)",
+            "outputs = model(batch)\n                terms = tasks.losses(outputs, batch)",
+        ),
+        (
+            SCRIPT,
+            "loss = sum(terms.values())",
+            "terms['calm'] = sum(o.square().mean(1).sum() for o in outputs.values()) / sampler.size_of_step\n"
+            "                loss = sum(terms.values())",
+        ),
     ),
 )

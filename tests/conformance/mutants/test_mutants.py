@@ -14,7 +14,7 @@ import test_conformance
 from helpers import ROOT
 from jobs import Job
 from lab import Lab
-from mutants import MUTANTS, Mutant
+from mutants import FORK, MUTANTS, Mutant
 
 CHECKS = {name.removeprefix("test_"): check for name, check in getmembers(test_conformance, isfunction) if "test_" in name}
 named = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.job}-{mutant.bug.replace(' ', '-')}")
@@ -63,6 +63,9 @@ def message(name: str, lab: Lab, full: bool = False) -> str | None:
     return None
 
 
+QUICK = [name for name, check in CHECKS.items() if not marks(check, "full")]
+
+
 @pytest.fixture
 def lab_of(request, tmp_path):
     """A lab for the script that is planted in the test's folder."""
@@ -95,12 +98,17 @@ def test_the_mutant_is_caught(mutant, tmp_path, lab_of, pytestconfig, record_pro
     lab = lab_of(plant(mutant, tmp_path), 30)
     found = {}
     if pytestconfig.getoption("--matrix"):
-        quick = [name for name, check in CHECKS.items() if not marks(check, "full")]
-        found = {name: text for name in quick if (text := message(name, lab))}
+        found = {name: text for name in QUICK if (text := message(name, lab))}
     if mutant.caught_by not in found and (text := message(mutant.caught_by, lab, full=True)):
         found[mutant.caught_by] = text
     record_property(mutant.bug, found)
     assert mutant.caught_by in found, f"{mutant.bug}: only {sorted(found)} failed"
+
+
+@pytest.mark.slow
+def test_a_fork_of_quantumgrav_passes(tmp_path, lab_of):
+    lab = lab_of(plant(FORK, tmp_path), 120)
+    assert {name: text for name in QUICK if (text := message(name, lab))} == {}
 
 
 @pytest.mark.slow
