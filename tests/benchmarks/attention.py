@@ -2,73 +2,72 @@
 
     python tests/benchmarks/attention.py
 
-Each case is a process of its own. On a CPU the figure is the peak of resident memory above that before the layer ran, with a
-GPU the allocator's peak. "kept" is the usual chunking, which saves no memory in training: every chunk's softmax waits for
-the backward pass.
+"Kept" is the usual chunking, which saves little in training: every chunk's softmax waits for the backward pass. Memory is
+the peak of a process of its own above what it had before.
 """
 
-import json
 import os
-import resource
-import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
+from test_quantizers import peak_memory
+from timing import Result, fresh, paired, show
+from torch import Tensor
 
 from scripts import train_student as job
+from scripts.train_student import attend, attention
 
-SIDES = (384, 512)  # of the image; tokens are places at an eighth of it
+PLACES = {"memory": 64, "time": 48}  # per side: an image of 512 and of 384
+PLAIN = "no chunks"
 CASES = {
-    "no chunks, plain": "plain",
-    "chunks of 256, kept": "kept",
-    "chunks of 1024": 1024,
-    "chunks of 256": 256,
-    "fused": 0,
+    PLAIN: attend,
+    "fused": lambda q, k, v: attention(q, k, v, 0),
+    "chunks of 1024": lambda q, k, v: attention(q, k, v, 1024),
+    "chunks of 256": lambda q, k, v: attention(q, k, v, 256),
+    "chunks of 256, kept": lambda q, k, v: torch.cat([attend(part, k, v) for part in q.split(256, 2)], 2),
 }
 
 
-def measure(side: int, case: str | int) -> dict[str, float]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def layer(places: int, name: str) -> Callable[[], Tensor]:
+    """Forward and backward, to the gradient at its input."""
     torch.manual_seed(0)
-    config = job.Config(attn_chunk_size=case if isinstance(case, int) else 0)
-    layer = job.Attention(4 * config.width, config).to(device)
-    if case == "plain":
-        job.attention = lambda q, k, v, chunk: job.attend(q, k, v)
-    elif case == "kept":
-        job.attention = lambda q, k, v, chunk: torch.cat([job.attend(part, k, v) for part in q.split(256, 2)], 2)
-    small = torch.randn(1, 4 * config.width, 4, 4, device=device)
-    layer(small).sum().backward()  # what PyTorch needs once is no layer's memory
-    x = torch.randn(1, 4 * config.width, side // 8, side // 8, device=device, requires_grad=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    layer(x).square().sum().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return {"MB": torch.cuda.max_memory_allocated() / 1e6, "ms": (time.perf_counter() - began) * 1e3}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"MB": (peak - before) * 1024 / 1e6, "ms": (time.perf_counter() - began) * 1e3}
+    config = job.Config()
+    module = job.Attention(4 * config.width, config)
+    torch.nn.init.normal_(module.out.weight, std=0.1)  # from its zeros no gradient would reach the attention
+    x = torch.randn(1, 4 * config.width, places, places, requires_grad=True)
+
+    def step() -> Tensor:
+        with patch.object(job, "attention", lambda q, k, v, chunk: CASES[name](q, k, v)):
+            out = module(x)
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    return step
 
 
-def main() -> None:
-    results = {}
-    for side in SIDES:
-        for name, case in CASES.items():
-            command = [sys.executable, __file__, str(side), json.dumps(case)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found = results[f"{side} {name}"] = json.loads(done.stdout)
-            tokens = (side // 8) ** 2
-            print(f"{side} x {side}, {tokens} places, {name:<20} {found['MB']:8.0f} MB {found['ms']:8.0f} ms", flush=True)
-    print(json.dumps(results))
+def memory(name: str) -> float:
+    layer(4, name)()  # what PyTorch needs once is no layer's memory
+    return peak_memory(layer(PLACES["memory"], name)) / 1e6
+
+
+def measure() -> Iterator[Result]:
+    what, plain = f"attention of {PLACES['memory']} x {PLACES['memory']} places, memory", fresh(memory, PLAIN)
+    for name in list(CASES)[1:]:
+        ours = fresh(memory, name)
+        yield Result(f"{what}, {name}", PLAIN, ours, plain, "MB", plain / ours, goal=1)
+    what, plain = f"attention of {PLACES['time']} x {PLACES['time']} places", layer(PLACES["time"], PLAIN)
+    for name in list(CASES)[1:]:
+        ours = layer(PLACES["time"], name)
+        torch.testing.assert_close(ours(), plain())
+        goal = 1 if name == "fused" else None  # the others pay for memory with time
+        yield Result(f"{what}, {name}", PLAIN, unit="ms", goal=goal, **paired(ours, plain))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        print(json.dumps(measure(int(sys.argv[1]), json.loads(sys.argv[2]))))
-    else:
-        main()
+    show(measure())

@@ -1,36 +1,34 @@
-"""Random 128^3 crops of a 512x512x300 CT: from the cache of int16 volumes, against reading the .nii.gz for each with nibabel
-and against MONAI's pipeline, with one and with eight crops of a loaded volume.
+"""Random 128^3 crops of a 512 x 512 x 300 CT: from the cache of int16 volumes, against reading the .nii.gz for each with
+nibabel and against MONAI's pipeline, with one and with eight crops of a loaded volume.
 
-    pip install --no-deps monai && python tests/benchmarks/ct_crops.py
+    python tests/benchmarks/ct_crops.py
 
-Everything in one process, alternating A B A B; medians of the paired ratios, with the smallest and largest.
+Crops at the same place must be the same first. The clock is the wall's: waiting for files counts.
 """
 
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import nibabel
 import numpy as np
-import timing
 from scipy.ndimage import zoom
+from timing import Result, optional, paired, show
 
 from common import ct
 
 SHAPE, SIDE, WINDOW = (512, 512, 300), 128, (-1000, 1000)
-SIZE = (SIDE, SIDE, SIDE)
-paired = partial(timing.paired, rounds=5, clock=time.perf_counter)  # waiting for files counts
+SIZE, CORNER = (SIDE, SIDE, SIDE), (40, 300, 100)
+paired = partial(paired, clock=time.perf_counter)
 
 
 def write_volume(path: Path) -> None:
@@ -41,77 +39,72 @@ def write_volume(path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(volume, np.diag([-0.7, -0.7, 1.0, 1.0])), path)
 
 
-def monai_pipeline(path: Path, crops: int) -> Callable[[], object]:
+def place(corner: ct.Triple) -> tuple[slice, ...]:
+    return tuple(slice(at, at + SIDE) for at in corner)
+
+
+def cached(scan: ct.Scan, corner: ct.Triple) -> np.ndarray:
+    return ct.to_unit(ct.crop(scan, corner, SIZE, WINDOW[0]), *WINDOW)
+
+
+def with_nibabel(path: Path, corner: ct.Triple) -> np.ndarray:
+    volume = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata(dtype=np.float32)
+    return ct.to_unit(np.ascontiguousarray(volume[place(corner)]), *WINDOW)
+
+
+def monai_library(path: Path, scan: ct.Scan, read: Callable[[int], object]) -> Iterator[Result]:
     from monai import transforms
 
-    steps = [
+    load = [
         transforms.LoadImaged("ct", image_only=True),
         transforms.EnsureChannelFirstd("ct"),
         transforms.Orientationd("ct", axcodes="RAS"),
         transforms.ScaleIntensityRanged("ct", *WINDOW, -1, 1, clip=True),
-        transforms.RandSpatialCropSamplesd("ct", SIZE, num_samples=crops, random_size=False),
     ]
-    pipeline = transforms.Compose(steps)
-    assert pipeline({"ct": path})[0]["ct"].shape == (1, *SIZE)
-    return lambda: pipeline({"ct": path})
+    whole = transforms.Compose(load)({"ct": path})["ct"][0].numpy()
+    np.testing.assert_allclose(cached(scan, CORNER), whole[place(CORNER)], rtol=0, atol=1e-6)
+    for count in (1, 8):
+        pick = transforms.RandSpatialCropSamplesd("ct", SIZE, num_samples=count, random_size=False)
+        pipeline = transforms.Compose([*load, pick])
+        found = paired(partial(read, count), partial(pipeline, {"ct": path}))
+        what = f"{count} random crop{'s' * (count > 1)} of {SIDE}^3 of a volume"
+        yield Result(what, "MONAI from .nii.gz", unit="ms", goal=1, **found)
 
 
-def main() -> None:
-    results = {}
+def milliseconds(function: Callable[[], object], scan: ct.Scan, cold: bool) -> float:
+    taken = []
+    for _ in range(20):
+        if cold:
+            with open(scan.array, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        function()
+        taken.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(taken)
+
+
+def measure() -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "patient1.nii.gz")
         write_volume(path)
-        began, began_cpu = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         [scan] = ct.prepare_scans([path], Path(folder, "cache"))
-        once = time.perf_counter() - began, time.process_time() - began_cpu
-        print(f"{path.stat().st_size / 1e6:.0f} MB .nii.gz to {scan.array.stat().st_size / 1e6:.0f} MB in the cache, once:"
-              f" {once[0]:.1f} s, {once[1]:.1f} s of a CPU")  # fmt: skip
+        yield Result("a volume of 512 x 512 x 300 to the cache, once", "", time.perf_counter() - began, None, "s")
         rng = np.random.default_rng(0)
 
-        def read(count: int, body: float) -> list[np.ndarray]:
-            corners = [ct.random_corner(scan, SIZE, rng, body) for _ in range(count)]
-            return [ct.to_unit(ct.crop(scan, corner, SIZE, WINDOW[0]), *WINDOW) for corner in corners]
-
-        def milliseconds(function: Callable[[], object], *, cold: bool = False) -> float:
-            taken = []
-            for _ in range(20):
-                if cold:
-                    with open(scan.array, "rb") as file:
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                began = time.perf_counter()
-                function()
-                taken.append((time.perf_counter() - began) * 1e3)
-            return statistics.median(taken)
+        def read(count: int) -> list[np.ndarray]:
+            return [cached(scan, ct.random_corner(scan, SIZE, rng, body=0.5)) for _ in range(count)]
 
         os.sync()  # what is not written yet cannot be forgotten
-        parts = {
-            "corner of a crop, half of it body": lambda: ct.random_corner(scan, SIZE, rng, 0.5),
-            "crop": lambda: ct.crop(scan, ct.random_corner(scan, SIZE, rng, 0.0), SIZE, WINDOW[0]),
-            "corner, crop, to [-1, 1]": lambda: read(1, 0.5),
-        }
-        for name, part in parts.items():
-            print(f"{name}: {milliseconds(part):.1f} ms, {milliseconds(part, cold=True):.1f} when the file is not in memory")
-
-        def nibabel_crop() -> np.ndarray:
-            volume = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata(dtype=np.float32)
-            corner = ct.random_corner(scan, SIZE, rng, 0.0)
-            part = volume[tuple(slice(at, at + SIDE) for at in corner)]
-            return ct.to_unit(np.ascontiguousarray(part), *WINDOW)
-
-        results["one crop, against nibabel"] = paired(lambda: read(1, 0.5), nibabel_crop)
-        if find_spec("monai"):
-            for count in (1, 8):
-                name = f"{count} crop{'s' * (count > 1)} of a volume, against MONAI"
-                results[name] = paired(lambda count=count: read(count, 0.5), monai_pipeline(path, count))
-        else:
-            print("MONAI is not installed: pip install --no-deps monai")
-    for name, r in results.items():
-        print(
-            f"{name}: {r['ours_ms']:.1f} ms against {r['theirs_ms']:.0f} ms,"
-            f" {r['faster']:.0f} times as fast [{r['least']:.0f}, {r['most']:.0f}]"
-        )
-    print(json.dumps(results))
+        for where, cold in (("in memory", False), ("not in memory", True)):
+            taken = milliseconds(partial(read, 1), scan, cold)
+            yield Result(f"a random crop of {SIDE}^3, half of it body, file {where}", "", taken, None, "ms")
+        np.testing.assert_array_equal(cached(scan, CORNER), with_nibabel(path, CORNER))
+        theirs = partial(with_nibabel, path, CORNER)
+        found = paired(partial(read, 1), theirs)
+        yield Result(f"a random crop of {SIDE}^3", "nibabel from .nii.gz", unit="ms", goal=1, **found)
+        yield from optional("monai", monai_library(path, scan, read))
 
 
 if __name__ == "__main__":
-    main()
+    show(measure())

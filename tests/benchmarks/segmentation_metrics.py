@@ -1,16 +1,14 @@
 """All metrics of an image against pysodmetrics, whose numbers must be the same first.
 
-    pip install pysodmetrics && python tests/benchmarks/segmentation_metrics.py
+    python tests/benchmarks/segmentation_metrics.py
 
-One thread, one process, alternating A B A B; medians of the paired ratios, with the smallest and largest, of CPU time, which
-other programs disturb least. The maps have soft edges, mistakes and an object on a tenth of the image, as COD10K has; noise
-is the worst case.
+The maps have soft edges, mistakes and an object on a tenth of the image, as COD10K has; noise is the worst case.
 """
 
-import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -20,12 +18,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cv2
 import numpy as np
-import torch
 from scipy.ndimage import gaussian_filter
 from test_segmentation_metrics import Reference, alone
-from timing import paired
+from timing import Result, paired, show
 
-warnings.simplefilter("ignore")  # pysodmetrics on its Fmeasure
 IMAGES = 3
 
 
@@ -51,10 +47,9 @@ def reference(prediction: np.ndarray, target: np.ndarray) -> dict[str, float | n
     return meters.results()
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def measure() -> Iterator[Result]:
+    warnings.simplefilter("ignore")  # pysodmetrics on its Fmeasure
     cv2.setNumThreads(1)
-    results = {}
     for make in (animal, noise):
         for height, width in ((352, 352), (768, 1024)):
             cases = [make(height, width, seed) for seed in range(IMAGES)]
@@ -62,17 +57,12 @@ def main() -> None:
                 mine = alone(*case)
                 for name, value in reference(*case).items():
                     np.testing.assert_allclose(mine[name], value, rtol=0, atol=1e-6, err_msg=name)
-
             first, second = cycle(cases), cycle(cases)
             found = paired(lambda c=first: alone(*next(c)), lambda c=second: reference(*next(c)), times=IMAGES)
             area = np.mean([target.mean() / 255 for _, target in cases])
-            results[f"{width} x {height}, {make.__name__} on {area:.0%}"] = found
-    print(f"{'ms per image':34}{'ours':>9}{'theirs':>9}{'times as fast':>26}")
-    for name, r in results.items():
-        spread = f"{r['faster']:.2f} [{r['least']:.2f}, {r['most']:.2f}]"
-        print(f"{name:34}{r['ours_ms']:9.2f}{r['theirs_ms']:9.2f}{spread:>26}")
-    print(json.dumps(results))
+            what = f"all metrics of an image, {width} x {height}, {make.__name__} on {area:.0%}"
+            yield Result(what, "pysodmetrics", unit="ms", goal=1, **found)
 
 
 if __name__ == "__main__":
-    main()
+    show(measure())

@@ -1,15 +1,53 @@
-"""Two ways of doing the same, timed in turn."""
+"""Two ways of doing the same, measured in turn, and the line that says what came out."""
 
+import importlib
+import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+ROW = "{:60}{:>12}{:>12}{:>25}  {}"
+INSTALL = "pip install --no-deps -r tests/benchmarks/requirements.txt"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table. Two ratios are never compared across lines: machines differ, pairs do not."""
+
+    what: str
+    """The work and its size: "SSIM in 3D with gradient, 96^3"."""
+    against: str
+    """Who else does it; "" when there is nobody to compare with."""
+    ours: float | None
+    """None where the library to compare with is not installed."""
+    theirs: float | None
+    unit: str
+    """ms, s or MB: less is better. items/s or "": more is better."""
+    ratio: float | None = None
+    """Median over pairs of how many times better ours is."""
+    least: float | None = None
+    most: float | None = None
+    goal: float | None = None
+    """What the ratio should be at least."""
+
+    @property
+    def missed(self) -> bool:
+        return self.goal is not None and self.ratio is not None and self.ratio < self.goal
 
 
 def paired(
     ours: Callable[[], object], theirs: Callable[[], object], *, times: int = 1, rounds: int = 5,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:  # fmt: skip
-    """A B A B ...: medians of the times of a call and of the paired ratios, with the smallest and largest ratio."""
+    """A B A B ...: medians of the times of a call and of the paired ratios, with the smallest and largest ratio. CPU time,
+    which other programs disturb least; `time.perf_counter` where waiting for files counts."""
 
     def timed(function: Callable[[], object], times: int) -> float:
         began = clock()
@@ -17,14 +55,53 @@ def paired(
             function()
         return (clock() - began) / times
 
-    timed(ours, 2), timed(theirs, 2)
-    pairs = [(timed(ours, times), timed(theirs, times)) for _ in range(rounds)]
-    ratios = sorted(b / a for a, b in pairs)
+    timed(ours, 1), timed(theirs, 1)
+    return summary([(timed(ours, times) * 1e3, timed(theirs, times) * 1e3) for _ in range(rounds)])
+
+
+def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Of (ours, theirs), less being better: the medians, and the ratio with its smallest and largest value."""
+    ratios = sorted(theirs / ours for ours, theirs in pairs)
     mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {
-        "ours_ms": mine * 1e3,
-        "theirs_ms": other * 1e3,
-        "faster": statistics.median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
-    }
+    return {"ours": mine, "theirs": other, "ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
+
+
+def fresh(function: Callable[..., T], *arguments: object) -> T:
+    """What the function returns in a process of its own, which did nothing before. It takes seconds to start."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def optional(library: str, results: Iterable[Result]) -> Iterator[Result]:
+    """Results of a comparison that imports the library when it begins; where that is not installed, a line that says so."""
+    try:
+        yield from results
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        yield Result("", f"{library} is not installed: {INSTALL}", None, None, "")
+
+
+def line(result: Result) -> str:
+    def quantity(value: float | None) -> str:
+        return "" if value is None else f"{value:,.0f} {result.unit}" if value >= 100 else f"{value:.3g} {result.unit}"
+
+    ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
+    spread = "" if result.least is None else f" [{result.least:.2f}, {result.most:.2f}]"
+    against = result.against + (f"  BELOW {result.goal:.3g}" if result.missed else "")
+    return ROW.format(result.what, quantity(result.ours), quantity(result.theirs), ratio + spread, against)
+
+
+def show(results: Iterable[Result], record: Path | None = None) -> None:
+    """The table, each line as soon as it is measured; in the file `record` the same as lines of JSON."""
+    warnings.simplefilter("ignore", FutureWarning)  # of the libraries, about themselves
+    print(ROW.format("", "ours", "theirs", "times better [spread]", "against"), flush=True)
+    for result in results:
+        print(line(result), flush=True)
+        if record:
+            with record.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+
+
+def show_module(name: str, record: Path) -> None:
+    show(importlib.import_module(name).measure(), record)
