@@ -8,6 +8,7 @@ import timm
 from torch import nn
 
 from common.cli import UserError
+from common.losses import fill, read_weights
 
 
 def norm(width: int) -> nn.GroupNorm:
@@ -20,23 +21,24 @@ def make_backbone(name: str, weights: str, *, scratch: bool) -> nn.Module:
 
     From scratch, batch normalization becomes group normalization, which does not depend on the batch per process; with
     pretrained weights its statistics stay what they are."""
-    options = {"timm": {"pretrained": True}, "none": {}}.get(
-        weights, {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
-    )
-    if weights not in ("timm", "none") and not Path(weights).is_file():
-        raise UserError(f"--backbone-weights {weights} is no file: give timm, none, or a file with the backbone's weights.")
+    file = weights if weights not in ("timm", "none") else None
+    if file and not Path(file).is_file():
+        raise UserError(f"--backbone-weights {file} is no file: give timm, none, or a file with the backbone's weights.")
     if name.split(".")[0] not in timm.list_models():
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         raise UserError(f"--backbone {name} is unknown to timm {timm.__version__}. Near names: {', '.join(near) or 'none'}.")
     try:
-        backbone = timm.create_model(name, features_only=True, **options)
+        backbone = timm.create_model(name, features_only=True, pretrained=weights == "timm")
     except (RuntimeError, OSError) as error:
-        if not options:
+        if weights != "timm":
             raise UserError(f"--backbone {name} gives no feature maps ({str(error)[:200]}): choose another.") from None
         raise UserError(
             f"The weights of --backbone {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}). Without a"
             " network pass --backbone-weights FILE, or none to train from scratch."
         ) from None
+    if file:
+        said = f"--backbone-weights {file}"
+        fill(backbone, read_weights(file, said, f"timm's weights of {name}"), said, f"timm's {name}")
     if len(set(backbone.feature_info.reduction())) < 3:
         raise UserError(f"--backbone {name} has feature maps of fewer than three sizes: choose another.")
     return group_normalized(backbone) if scratch else backbone

@@ -186,6 +186,21 @@ def read_weights(path: str | Path, what: str, wanted: str) -> dict[str, Tensor]:
         raise UserError(f"{what} cannot be read ({type(error).__name__}): give {wanted} as .pth or .safetensors.") from None
 
 
+def fill(extractor: nn.Module, state: object, what: str, network: str) -> None:
+    """Load the file of a whole timm network into one for feature maps. timm itself would leave random what the file lacks,
+    with a message in its own log."""
+    own = extractor.state_dict()
+    named = {key.replace(".", "_"): value for key, value in state.items()} if isinstance(state, dict) else {}
+    found = {key: named.get(key.replace(".", "_")) for key in own}  # timm joins some names of an extractor by _
+    wrong = [key for key, value in own.items() if getattr(found[key], "shape", None) != value.shape]
+    if wrong:
+        raise UserError(
+            f"{what} does not hold the weights of {network} ({len(wrong)} of {len(own)} are missing or of another shape, the"
+            f" first is {wrong[0]})."
+        )
+    extractor.load_state_dict(found)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # perceptual, of volumes
 
@@ -242,8 +257,7 @@ def unit_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def make_extractor(network: str, levels: Sequence[int]) -> nn.Module:
-    """A timm network's feature maps at some of its levels. The file is read and compared here: timm would leave random what
-    a file for an extractor lacks, with a message in its own log."""
+    """A timm network's feature maps at some of its levels."""
     import timm
 
     kind, _, rest = network.partition(":")
@@ -262,16 +276,7 @@ def make_extractor(network: str, levels: Sequence[int]) -> nn.Module:
     if len(set(model.feature_info.reduction())) < len(levels):
         raise UserError(f"--perceptual {network} has not {len(levels)} sizes of feature maps: give a convolutional network.")
     if path:
-        own = model.state_dict()
-        named = {key.replace(".", "_"): value for key, value in state.items()} if isinstance(state, dict) else {}
-        found = {key: named.get(key.replace(".", "_")) for key in own}  # timm joins some names of an extractor by _
-        wrong = [key for key, value in own.items() if getattr(found[key], "shape", None) != value.shape]
-        if wrong:
-            raise UserError(
-                f"--perceptual {network}: {path} does not hold the weights of timm's {name} ({len(wrong)} of {len(own)} are"
-                f" missing or of another shape, the first is {wrong[0]})."
-            )
-        model.load_state_dict(found)
+        fill(model, state, f"--perceptual {network}: {path}", f"timm's {name}")
     return model
 
 

@@ -672,12 +672,17 @@ def write_noise(path: Path) -> Path:
         ("edgenext_bas", "none", "edgenext_bas is unknown to timm .*Near names: edgenext_base"),
         ("xyzzy", "none", "Near names: "),
         ("test_convnext", "nowhere.pth", "--backbone-weights nowhere.pth is no file"),
-        ("test_convnext", "noise", "cannot be loaded .*--backbone-weights FILE"),
+        ("test_convnext", "noise", "--backbone-weights .*noise.pth cannot be read .*give timm's weights of test_convnext"),
+        ("test_convnext", "foreign", "foreign.pth does not hold the weights of timm's test_convnext .97 of 97 are missing"),
         ("test_vit", "none", "--backbone test_vit has feature maps of fewer than three sizes: choose another"),
     ],
 )
 def test_backbones_and_weights_that_cannot_be_had_are_sentences(tmp_path, name, weights, words):
-    weights = str(write_noise(tmp_path / "noise.pth")) if weights == "noise" else weights
+    if weights == "noise":
+        weights = str(write_noise(tmp_path / "noise.pth"))
+    elif weights == "foreign":  # timm itself would begin with random weights
+        weights = str(tmp_path / "foreign.pth")
+        torch.save(timm.create_model("test_resnet").state_dict(), weights)
     with pytest.raises(UserError, match=words) as caught:
         job.make_backbone(name, weights, scratch=False)
     assert "\n" not in str(caught.value)
