@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,14 +69,16 @@ def damage(directory: Path) -> str | None:
     """Why this directory is not an intact checkpoint; None when it is."""
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
-        for name, entry in manifest["files"].items():
-            path = directory / name
+        files = {directory / name: entry for name, entry in manifest["files"].items()}
+        for path, entry in files.items():
             if not path.is_file():
-                return f"{name} is missing"
+                return f"{path.name} is missing"
             if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-            if _sha256(path) != entry["sha256"]:
-                return f"{name} does not match its checksum"
+                return f"{path.name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+        with ThreadPoolExecutor() as pool:  # hashing does not hold Python's lock
+            for path, found in zip(files, pool.map(_sha256, files), strict=True):
+                if found != files[path]["sha256"]:
+                    return f"{path.name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
@@ -240,8 +243,10 @@ class RunFolder:
         files = sorted(temporary.iterdir())
         for path in files:
             path.chmod(0o644)  # safetensors writes files that only their owner can read
-            _sync(path)
-        entries = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        with ThreadPoolExecutor() as pool:  # neither the disk nor the hash holds Python's lock
+            hashes = pool.map(_sha256, files)
+            list(pool.map(_sync, files))
+        entries = {p.name: {"bytes": p.stat().st_size, "sha256": h} for p, h in zip(files, hashes, strict=True)}
         (temporary / "manifest.json").write_text(json.dumps({"step": state["step"], "files": entries}, indent=1))
         _sync(temporary / "manifest.json")
         _sync(temporary)

@@ -170,7 +170,9 @@ class StepLoader:
 
     def __next__(self) -> list:
         began = time.perf_counter()
-        batches = [send_to_device(next(self.batches), self.device, non_blocking=True) for _ in range(self.accumulation)]
+        batches = [next(self.batches) for _ in range(self.accumulation)]
+        if self.device.type != "cpu":  # where it would copy nothing in 0.1 ms
+            batches = send_to_device(batches, self.device, non_blocking=True)
         self.waited += time.perf_counter() - began
         return batches
 

@@ -1,5 +1,6 @@
 """Starting: process group, launch guards, signals. Each guard is one sentence with the fix."""
 
+import gc
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ accelerate.optimizer.is_lomo_available = lambda: False
 
 def start(config: RunConfig) -> Accelerator:
     """Launch guards, process group, signals and logging. Each guard is one sentence with the fix."""
+    gc.freeze()  # what imports made stays: each full collection walked through it, 0.06 to 0.18 s, 0.6 s of every start
     setup_logging()
     check_tracker(config)
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -704,6 +704,7 @@ def main(config: Config) -> None:
     eval_every = config.eval_every or sampler.steps_per_epoch
     save_every = config.save_every or sampler.steps_per_epoch
     stopping = False
+    parameters = list(raw.parameters())  # once: the walk through the modules takes 0.1 to 0.4 ms
 
     while True:
         # ---- once in a while: evaluate, save, stop
@@ -748,15 +749,15 @@ def main(config: Config) -> None:
                 loss = sum(terms.values())
                 accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
             for name, value in {"loss": loss, **terms}.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+        norm = accelerator.clip_grad_norm_(parameters, config.clip)
         verdict = training.agree(accelerator, totals, norm)
         finite = guard.passes(verdict, step + 1)
         if finite or accelerator.scaler:  # the fp16 scaler skips by itself, and must see the step to lower its scale
             optimizer.step()
         if finite:
-            ema.update(raw, step)
-        optimizer.zero_grad()
+            ema.update(step)
+        optimizer.optimizer.zero_grad()  # accelerate's own inspects its signature in every step, 0.1 ms
         step += 1
         stopping = verdict.stop
         if step % config.log_every == 0 or step == sampler.total_steps:

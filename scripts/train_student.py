@@ -755,7 +755,7 @@ def main(config: Config) -> None:
     folder.describe()
 
     model = build()
-    parameters = f"{sum(p.numel() for p in model.parameters()):,}"
+    count = f"{sum(p.numel() for p in model.parameters()):,}"
     flops = gigaflops(model) if accelerator.is_main_process else math.nan  # which rank 0 alone logs
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
@@ -786,7 +786,7 @@ def main(config: Config) -> None:
         "%d processes x batch %d x accumulation %d = %d images per step, %d steps per epoch, %d in all; %s parameters,"
         " %.1f GFLOPs at 256 x 256",
         accelerator.num_processes, config.batch_size, config.accumulation_steps, sampler.size_of_step,
-        sampler.steps_per_epoch, sampler.total_steps, parameters, flops,
+        sampler.steps_per_epoch, sampler.total_steps, count, flops,
     )  # fmt: skip
 
     def eval_loader(images: WholeImages, batches: int | None = None) -> torch.utils.data.DataLoader:
@@ -803,6 +803,7 @@ def main(config: Config) -> None:
     eval_every = config.eval_every or sampler.steps_per_epoch
     save_every = config.save_every or sampler.steps_per_epoch
     stopping = False
+    parameters = list(raw.parameters())  # once: the walk through the modules takes 0.1 to 0.4 ms
 
     while True:
         # ---- once in a while: evaluate, save, stop
@@ -847,16 +848,16 @@ def main(config: Config) -> None:
                 loss = sum(term * getattr(config, f"{name}_weight") for name, term in terms.items())
                 accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
             for name, value in {"loss": loss, **terms}.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+        norm = accelerator.clip_grad_norm_(parameters, config.clip)
         verdict = training.agree(accelerator, totals, norm)
         finite = guard.passes(verdict, step + 1)
         if finite or accelerator.scaler:  # the fp16 scaler skips by itself, and must see the step to lower its scale
             optimizer.step()
         if finite:
-            ema.update(raw, step)
+            ema.update(step)
             watch.update(verdict.terms)
-        optimizer.zero_grad()
+        optimizer.optimizer.zero_grad()  # accelerate's own inspects its signature in every step, 0.1 ms
         step += 1
         stopping = verdict.stop
         if step % config.log_every == 0 or step == sampler.total_steps:

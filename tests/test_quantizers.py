@@ -223,7 +223,7 @@ def test_averaged_codes_are_used_as_directions(alone):
     model = nn.ModuleList([book(restart_below=0), nn.Conv3d(1, 5, 1)])
     average = EMA(model, 0.9)
     place(model[0], -model[0].codes + 0.1)
-    average.update(model, 10)
+    average.update(10)
     copy = average.module[0]
     assert copy.codes.norm(dim=1).max() < 0.99
     out = copy(maps(1, 2, 5, 50))

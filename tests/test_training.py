@@ -158,7 +158,7 @@ def test_ema_follows_the_formula_in_weights_and_running_statistics_and_copies_co
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
         model(torch.randn(8, 2))
-        ema.update(model, step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = [decay * e + (1 - decay) * v.detach() for e, v in zip(expected, averaged(model), strict=True)]
     for mine, theirs in zip(averaged(ema.module), expected, strict=True):

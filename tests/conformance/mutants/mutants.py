@@ -110,8 +110,8 @@ MUTANTS = (
             (DATA, "loader.batch_sampler.accumulation, 0.0", "accelerator.gradient_accumulation_steps, 0.0"),
             (
                 DATA,
-                "next(self.batches), self.device, non_blocking=True)",
-                "self._next(), self.device, non_blocking=True)",
+                "[next(self.batches) for _ in range(self.accumulation)]",
+                "[self._next() for _ in range(self.accumulation)]",
             ),
             (
                 DATA,
@@ -239,8 +239,8 @@ MUTANTS = (
         (
             (
                 TRAINING,
-                "list(self.module.parameters()), list(model.parameters()),",
-                "list(self.module.parameters())[:-2], list(model.parameters())[:-2],",
+                "torch._foreach_lerp_(*self.averaged, 1 - decay)",
+                "torch._foreach_lerp_(*(side[:-2] for side in self.averaged), 1 - decay)",
             ),
         ),
     ),
@@ -453,9 +453,8 @@ MUTANTS = (
         (
             (
                 TRAINING,
-                "list(self.module.parameters()), list(model.parameters()),",
-                "*zip(*[(mine, theirs) for (name, mine), theirs in zip(self.module.named_parameters(), model.parameters())"
-                ' if not name.startswith("backbone")]),',
+                "([*m.parameters(), *m.buffers()] for m in (self.module, model))",
+                "([p for n, p in m.named_parameters() if not n.startswith('backbone')] for m in (self.module, model))",
             ),
         ),
         "ultimate",
