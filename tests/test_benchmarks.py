@@ -71,7 +71,7 @@ def test_one_command_prints_the_table_marks_what_misses_its_goal_and_writes_json
     done = run(tmp_path, "--out", f"{tmp_path}/results.json")
     assert done.returncode == 0, done.stderr
     faster, slow, alone, missing = done.stdout.splitlines()[3:7]
-    assert "BELOW" not in faster and "0.50 [0.40, 0.60]  theirs  BELOW 0.9" in slow
+    assert "BELOW" not in faster and "0.50 [0.40, 0.60] BELOW 0.9  theirs" in slow
     assert alone.split() == ["alone", "1,234", "s"]
     assert "no_such_library is not installed: pip install" in missing
     assert "4 results" in done.stdout and "1 below their goal" in done.stdout

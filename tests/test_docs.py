@@ -1,5 +1,6 @@
 """Every command of the README runs, here with two small CPU processes in place of the GPUs."""
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from common.cli import RunConfig, flag, parse_only
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import accelerator  # noqa: E402
+import benchmark_page  # noqa: E402
 import demos  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
@@ -184,6 +186,11 @@ def test_the_launches_for_a_gpu_are_understood(name):
     for line in accelerator.LAUNCHES[name]:
         config = parse_only(write_flags.settings(f"train_{name}"), accelerator.flags_of(name, line, 30))
         assert config.max_steps == 30 and config.mixed_precision in ("no", "fp16", "bf16")
+
+
+def test_the_page_of_benchmarks_is_the_measured_one():
+    report = json.loads(benchmark_page.REPORT.read_text())
+    assert benchmark_page.PAGE.read_text() == benchmark_page.page(report), "run: python tests/benchmarks/benchmark_page.py"
 
 
 def test_the_tables_of_demos_are_the_measured_ones():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-ROW = "{:60}{:>12}{:>12}{:>25}  {}"
+ROW = "{:58}{:>12}{:>12}{:>37}  {}"
 INSTALL = "pip install --no-deps -r tests/benchmarks/requirements.txt"
 
 
@@ -82,14 +82,17 @@ def optional(library: str, results: Iterable[Result]) -> Iterator[Result]:
         yield Result("", f"{library} is not installed: {INSTALL}", None, None, "")
 
 
-def line(result: Result) -> str:
+def cells(result: Result) -> tuple[str, str, str, str, str]:
     def quantity(value: float | None) -> str:
         return "" if value is None else f"{value:,.0f} {result.unit}" if value >= 100 else f"{value:.3g} {result.unit}"
 
-    ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
-    spread = "" if result.least is None else f" [{result.least:.2f}, {result.most:.2f}]"
-    against = result.against + (f"  BELOW {result.goal:.3g}" if result.missed else "")
-    return ROW.format(result.what, quantity(result.ours), quantity(result.theirs), ratio + spread, against)
+    def times(value: float) -> str:
+        return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+    ratio = "" if result.ratio is None else times(result.ratio)
+    spread = "" if result.least is None else f" [{times(result.least)}, {times(result.most)}]"
+    below = f" BELOW {result.goal:.3g}" if result.missed else ""
+    return result.what, quantity(result.ours), quantity(result.theirs), ratio + spread + below, result.against
 
 
 def show(results: Iterable[Result], record: Path | None = None) -> None:
@@ -97,7 +100,7 @@ def show(results: Iterable[Result], record: Path | None = None) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, about themselves
     print(ROW.format("", "ours", "theirs", "times better [spread]", "against"), flush=True)
     for result in results:
-        print(line(result), flush=True)
+        print(ROW.format(*cells(result)), flush=True)
         if record:
             with record.open("a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
