@@ -171,7 +171,7 @@ class StepLoader:
     def __next__(self) -> list:
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.accumulation)]
-        if self.device.type != "cpu":  # where it would copy nothing in 0.1 ms
+        if self.device.type != "cpu":  # there it would copy nothing in 0.1 ms
             batches = send_to_device(batches, self.device, non_blocking=True)
         self.waited += time.perf_counter() - began
         return batches

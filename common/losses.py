@@ -189,9 +189,12 @@ def read_weights(path: str | Path, what: str, wanted: str) -> dict[str, Tensor]:
 def fill(extractor: nn.Module, state: object, what: str, network: str) -> None:
     """Load the file of a whole timm network into one for feature maps. timm itself would leave random what the file lacks,
     with a message in its own log."""
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # as timm's own training saves it
     own = extractor.state_dict()
     named = {key.replace(".", "_"): value for key, value in state.items()} if isinstance(state, dict) else {}
-    found = {key: named.get(key.replace(".", "_")) for key in own}  # timm joins some names of an extractor by _
+    # timm joins some names of an extractor by _ and puts model. before those of others
+    found = {key: named.get(key.removeprefix("model.").replace(".", "_")) for key in own}
     wrong = [key for key, value in own.items() if getattr(found[key], "shape", None) != value.shape]
     if wrong:
         raise UserError(

@@ -44,6 +44,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("scale", 1.0)
 
 
+Place = tuple[dict, str]
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Where parameters and buffers stand, each once. Listed once, since a walk through the modules takes 0.5 ms; not the
+    tensors themselves, since wrapping a model anew may put other buffers in their place (on two CPU processes it does)."""
+    found: dict[int, Place] = {}
+    for module in model.modules():
+        for owner in (module._parameters, module._buffers):
+            found |= {id(tensor): (owner, name) for name, tensor in owner.items() if tensor is not None}
+    return list(found.values())
+
+
+def standing(where: list[Place]) -> list[Tensor]:
+    return [owner[name] for owner, name in where]
+
+
 class EMA:
     """An averaged copy of the model for evaluation and export. The decay grows with the step, so that the average follows
     the model at first. Floating buffers are averaged too: running statistics belong to the weights of their time (a router
@@ -52,17 +69,17 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        # Listed once, since a walk through the modules takes 0.5 ms: a model must change its buffers in place.
-        pairs = list(zip(*([*m.parameters(), *m.buffers()] for m in (self.module, model)), strict=True))
-        self.averaged = [list(side) for side in zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)]
-        self.copied = [p for p in pairs if not p[0].is_floating_point()]
+        pairs = list(zip(places(self.module), places(model), strict=True))
+        floating = [owner[name].is_floating_point() for (owner, name), _ in pairs]
+        self.averaged = [pair for pair, yes in zip(pairs, floating, strict=True) if yes]
+        self.copied = [pair for pair, yes in zip(pairs, floating, strict=True) if not yes]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(*self.averaged, 1 - decay)
+        torch._foreach_lerp_(*map(standing, zip(*self.averaged, strict=True)), 1 - decay)
         for mine, theirs in self.copied:
-            mine.copy_(theirs)
+            mine[0][mine[1]].copy_(theirs[0][theirs[1]])
 
     def share_buffers(self) -> None:
         """Before a distributed evaluation: DDP keeps rank 0's running statistics, each rank's copy holds its own."""
@@ -109,17 +126,17 @@ def agree_to_stop(accelerator: Accelerator) -> bool:
 class FiniteGuard:
     """Skips and counts steps whose loss or gradient is not finite: on all ranks, since `Verdict.finite` is equal on all.
 
-    BatchNorm has taken the bad batch into its running statistics by then, so floating buffers are put back."""
+    BatchNorm has taken the bad batch into its running statistics by then, so buffers are put back."""
 
     def __init__(self, model: nn.Module, limit: int, scaler: object | None):
         # an fp16 loss scale halves from 65536 when gradients overflow: that is its search, not a broken run
         self.limit = limit + (24 if scaler else 0)
-        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self.buffers = [p for p in places(model) if not isinstance(p[0][p[1]], nn.Parameter)]
         self.total = self.in_a_row = 0
-        self.kept = [b.clone() for b in self.buffers]
+        self.kept = [buffer.clone() for buffer in standing(self.buffers)]
 
     def remember(self) -> None:
-        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+        for kept, buffer in zip(self.kept, standing(self.buffers), strict=True):
             kept.copy_(buffer)
 
     def passes(self, verdict: Verdict, step: int) -> bool:
@@ -128,7 +145,7 @@ class FiniteGuard:
             self.remember()
             return True
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+        for buffer, kept in zip(standing(self.buffers), self.kept, strict=True):
             buffer.copy_(kept)
         bad = [name for name, value in verdict.terms.items() if not math.isfinite(value)] or ["the gradient"]
         logger.warning(

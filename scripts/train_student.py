@@ -755,7 +755,7 @@ def main(config: Config) -> None:
     folder.describe()
 
     model = build()
-    count = f"{sum(p.numel() for p in model.parameters()):,}"
+    size = f"{sum(p.numel() for p in model.parameters()):,}"
     flops = gigaflops(model) if accelerator.is_main_process else math.nan  # which rank 0 alone logs
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
@@ -786,7 +786,7 @@ def main(config: Config) -> None:
         "%d processes x batch %d x accumulation %d = %d images per step, %d steps per epoch, %d in all; %s parameters,"
         " %.1f GFLOPs at 256 x 256",
         accelerator.num_processes, config.batch_size, config.accumulation_steps, sampler.size_of_step,
-        sampler.steps_per_epoch, sampler.total_steps, count, flops,
+        sampler.steps_per_epoch, sampler.total_steps, size, flops,
     )  # fmt: skip
 
     def eval_loader(images: WholeImages, batches: int | None = None) -> torch.utils.data.DataLoader:

@@ -760,6 +760,7 @@ def main(config: Config) -> None:
             part.load_state_dict(state[name])
     elif not config.init_from:
         start_codebook(raw, parts.train, sampler, accelerator)
+        guard.remember()  # else a first step that is skipped would bring back the codes of before
         ema.module.load_state_dict(raw.state_dict())
     step = sampler.start = state["step"]
     saved = (step, state["evaluated"])

@@ -64,8 +64,9 @@ class Child:
 class Server:
     def __init__(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, __file__]
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)  # Ctrl-C is pytest's
         atexit.register(self.close)
 
     def ask(self, request: dict) -> int | None:
@@ -110,6 +111,7 @@ def become(request: dict) -> None:
     added = [p for p in request["env"].get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:1] = [str(Path(script).parent), *added]
     sys.modules["matplotlib.figure"].Figure.savefig = draw_one_pixel
+    sys.modules["numpy"].random.seed()  # else all children draw the same, and what is not seeded looks as if it were
     code = 0
     try:
         for hook in [Path(p) / "sitecustomize.py" for p in added]:

@@ -218,7 +218,7 @@ def test_weights_that_do_not_fit_are_sentences(network, tmp_path):
         "shape": state | {first: torch.zeros(3)},
         "part": {key: value for key, value in state.items() if not key.startswith("layer3")},
         "list": [1, 2],
-        "nested": {"state_dict": state},
+        "nested": {"weights": state},
     }
     for name, content in files.items():
         torch.save(content, tmp_path / f"{name}.pth")

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,22 +41,14 @@ def run(name: str) -> list[timing.Result] | None:
     return None if process.exitcode else results
 
 
-def processor() -> str:
-    found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M) if sys.platform == "linux" else None
-    return found[1] if found else platform.processor()
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or "not a git checkout"
-
-
 def main() -> None:
     known = benchmarks(HERE)
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", choices=[*known, []], help=", ".join(known))
     parser.add_argument("--out", type=Path, help="file for the results as JSON")
     flags = parser.parse_args()
+    if flags.out and flags.names and flags.out.exists():
+        parser.error(f"{flags.out} holds other results: name another file, or run all benchmarks")
     if flags.out:
         flags.out.touch()  # what cannot be written is said now, not in a quarter of an hour
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -65,10 +56,10 @@ def main() -> None:
     broken = [name for name, results in found.items() if results is None]
     pairs = [(name, result) for name, results in found.items() for result in results or ()]
     report = {
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "machine": f"{timing.processor()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "accelerate", "timm")},
-        "commit": commit(),
+        "commit": timing.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began),
         "results": [{"benchmark": name} | asdict(result) for name, result in pairs],

@@ -19,19 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 import pages
-
-
-def git(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
-def commit() -> str:
-    changed = git("diff", "--quiet", "HEAD", "--", "scripts", "common").returncode
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
-
-
-def processor() -> str:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+import timing
 
 
 def reported(text: str) -> dict[str, float]:
@@ -60,9 +48,9 @@ def measured(job: str, seed: int, *more: str) -> dict:
         "metrics": tested | reported(report),
         "cpu_minutes": (usage.ru_utime + usage.ru_stime) / 60,
         "peak_mb": usage.ru_maxrss / 1024,
-        "cpu": processor(),
+        "cpu": timing.processor(),
         "torch": version("torch"),
-        "commit": commit(),
+        "commit": timing.commit(),
         "date": date.today().isoformat(),
     }
 

@@ -72,7 +72,11 @@ def measure() -> Iterator[timing.Result]:
         for mine in (0, 1):
             words = (__file__, "turns", job, str(mine), str(shared), *common, *small_jobs.output(job))
             launches.append(small_jobs.python(*words, processes=mine + 1))
-        (one, others), (two, _) = (json.loads(small_jobs.answer(launch)) for launch in launches)
+        try:
+            (one, others), (two, _) = (json.loads(small_jobs.answer(launch)) for launch in launches)
+        finally:
+            for launch in launches:
+                launch.terminate()  # the other would wait for its turn for ever
         note = f"; OTHERS USED {others:.1f} CORES" if others > 0.1 else ""
         found = timing.summary([(b / BLOCK * 1e3, a / BLOCK * 1e3) for a, b in zip(one, two, strict=True)])
         yield timing.Result(

@@ -3,12 +3,17 @@
 import importlib
 import json
 import multiprocessing
+import platform
+import re
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +34,7 @@ class Result:
     """None where the library to compare with is not installed."""
     theirs: float | None
     unit: str
-    """ms, s or MB: less is better. items/s or "": more is better."""
+    """ms, s or MB: less is better."""
     ratio: float | None = None
     """Median over pairs of how many times better ours is."""
     least: float | None = None
@@ -108,3 +113,17 @@ def show(results: Iterable[Result], record: Path | None = None) -> None:
 
 def show_module(name: str, record: Path) -> None:
     show(importlib.import_module(name).measure(), record)
+
+
+def processor() -> str:
+    found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M) if sys.platform == "linux" else None
+    return found[1].strip() if found else platform.processor()
+
+
+def commit() -> str:
+    """With "-dirty" when the code is another; the pages that tools write are no code."""
+    code = ("scripts/*.py", "common")
+    git = partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode
+    found = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    return found + "-dirty" * bool(changed) if found else "not a git checkout"

@@ -52,8 +52,6 @@ class Job:
     atol: float = 1e-5
     early: tuple = ("--lr", 1e-9)
     """Flags under which the evaluations soon stop improving."""
-    constant: tuple[str, ...] = ()
-    """Training values, besides lr and skipped, that may stay what they are in so short a run."""
     idle: tuple[str, ...] = ()
     """Beginnings of the names of parameters that may get no gradient in so short a run."""
 

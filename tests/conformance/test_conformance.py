@@ -167,7 +167,7 @@ def test_no_loss_term_is_constant(lab: Lab):
     for key in sorted({k for row in found for k in row if k.startswith("train/")}):
         values = [row[key] for row in found if key in row]
         name = key.removeprefix("train/")
-        if name not in ("lr", "skipped", *lab.job.constant) and len(values) > 2 and len(set(values)) == 1:
+        if name not in ("lr", "skipped", "side") and len(values) > 2 and len(set(values)) == 1:
             fail(
                 f"{key} is {values[0]:.4g} at every logged step: a term that never changes trains nothing. Is it detached, a"
                 " constant, of weight 0, or not logged as it is now?"
@@ -201,7 +201,7 @@ def test_the_averaged_weights_follow_all_weights(lab: Lab):
     if stale:
         fail(
             f"Between two checkpoints these weights changed and their averages did not: {', '.join(stale[:5])}. Does the"
-            " average know all parameters, those that thaw later too?"
+            " average know all parameters, those that thaw later too, and buffers that were replaced?"
         )
 
 

@@ -15,6 +15,7 @@ RANK = int(os.environ.get("RANK", "0"))
 def install() -> None:
     import gc
     import itertools
+    import threading
     import zlib
 
     import safetensors.torch
@@ -28,6 +29,7 @@ def install() -> None:
     output = os.path.join(os.path.abspath(PLAN["output"]), "")
     strike = PLAN.get("strike", {})
     struck = strike.get("rank", 0) == RANK
+    counting = threading.RLock()
     seen = {"steps": 0, "backward": 0, "touched": 0}
 
     def note(event: str, **values) -> None:
@@ -120,9 +122,10 @@ def install() -> None:
             return
         note("touch", path=path.removeprefix(output), kind=kind, at=seen["steps"])
         if struck and "touch" in strike and seen["steps"] == strike["at"]:
-            if seen["touched"] == strike["touch"]:
-                hit()
-            seen["touched"] += 1
+            with counting:  # checkpoints may be written by threads
+                if seen["touched"] == strike["touch"]:
+                    hit()
+                seen["touched"] += 1
 
     def audit(event: str, args: tuple) -> None:
         if event == "open":

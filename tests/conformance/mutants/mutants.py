@@ -1,6 +1,6 @@
 """Bugs of real training scripts, each planted into a copy of a script and common/ by replacing text.
 
-`caught_by` names the check that must fail; the table in tests/README.md says what else does."""
+`caught_by` names the check that must fail; `--matrix` says what else does."""
 
 from dataclasses import dataclass
 
@@ -239,8 +239,8 @@ MUTANTS = (
         (
             (
                 TRAINING,
-                "torch._foreach_lerp_(*self.averaged, 1 - decay)",
-                "torch._foreach_lerp_(*(side[:-2] for side in self.averaged), 1 - decay)",
+                "torch._foreach_lerp_(*map(standing, zip(*self.averaged, strict=True)), 1 - decay)",
+                "torch._foreach_lerp_(*map(standing, zip(*self.averaged[:-2], strict=True)), 1 - decay)",
             ),
         ),
     ),
@@ -453,8 +453,9 @@ MUTANTS = (
         (
             (
                 TRAINING,
-                "([*m.parameters(), *m.buffers()] for m in (self.module, model))",
-                "([p for n, p in m.named_parameters() if not n.startswith('backbone')] for m in (self.module, model))",
+                "pairs = list(zip(places(self.module), places(model), strict=True))",
+                "pairs = list(zip(*(sum((places(part) for name, part in m.named_children() if name != 'backbone'), [])"
+                " for m in (self.module, model)), strict=True))",
             ),
         ),
         "ultimate",
