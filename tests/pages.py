@@ -117,7 +117,8 @@ def alike(values: list[str]) -> str:
 
 
 def where(records: list[dict]) -> str:
-    return alike([f"{r['cpu']}, 1 thread, torch {r['torch']}, commit {r['commit']}" for r in records])
+    machines = alike([f"{r['cpu']}, 1 thread, torch {r['torch']}" for r in records])
+    return f"{machines}, commit {alike([r['commit'] for r in records])}"
 
 
 def of_job(records: list[dict], job: str) -> list[dict]:
