@@ -748,8 +748,7 @@ def main(config: Config) -> None:
                 terms = {name: term.sum() / count for (name, term), count in zip(terms.items(), counts, strict=True)}
                 loss = sum(terms.values())
                 accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
-            for name, value in {"loss": loss, **terms}.items():
-                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+            training.add(totals, {"loss": loss, **terms})
         norm = accelerator.clip_grad_norm_(parameters, config.clip)
         verdict = training.agree(accelerator, totals, norm)
         finite = guard.passes(verdict, step + 1)

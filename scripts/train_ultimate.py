@@ -941,8 +941,7 @@ def main(config: Config) -> None:
                 loss = sum(term * weights[name] for name, term in terms.items())
                 accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
             routed = routing(answer, config.top_k, count)
-            for name, value in {"loss": loss, **terms, **routed}.items():
-                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+            training.add(totals, {"loss": loss, **terms, **routed})
         norm = accelerator.clip_grad_norm_(parameters, config.clip)
         verdict = training.agree(accelerator, totals, norm)
         finite = guard.passes(verdict, step + 1)

@@ -868,8 +868,7 @@ def main(config: Config) -> None:
                     disc_loss = sum(v * (config.lecam_weight if "lecam" in name else 1) for name, v in judged.items())
                     accelerator.backward(disc_loss * sampler.parts)
                     terms |= judged | answers
-            for name, value in terms.items():
-                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+            training.add(totals, terms)
         accelerator.unscale_gradients()  # of both networks, once
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         disc_norm = nn.utils.clip_grad_norm_(disc_parameters, config.clip) if judging else torch.zeros_like(norm)
