@@ -324,20 +324,20 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
-def levels(downsample: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Strides of each halving: 4 4 2 is (2, 2, 2) and then (2, 2, 1)."""
+def levels(downsample: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Stride and kernel of each halving: 4 4 2 is 2 2 2 and then 2 2 1. An axis that is not halved has a kernel of 3."""
     count = int(math.log2(max(downsample)))
-    return [tuple(2 if step >= 2 ** (level + 1) else 1 for step in downsample) for level in range(count)]
+    strides = [[2 if step >= 2 ** (level + 1) else 1 for step in downsample] for level in range(count)]
+    return [(stride, [4 if s == 2 else 3 for s in stride]) for stride in strides]
 
 
 class Encoder(nn.Sequential):
     def __init__(self, config: Config, dim: int):
         layers, channels = [], 1
-        for level, stride in enumerate(levels(config.downsample)):
+        for level, (stride, kernel) in enumerate(levels(config.downsample)):
             wider = config.width * 2 ** (level + 1)
-            kernel, padding = [2 * s if s == 2 else 3 for s in stride], [1] * 3
             # no layer of full width at full resolution, where it would cost half of everything
-            layers.append(nn.Conv3d(channels, wider, kernel, stride, padding, padding_mode="replicate"))
+            layers.append(nn.Conv3d(channels, wider, kernel, stride, 1, padding_mode="replicate"))
             layers += [Residual(wider, config) for _ in range(config.blocks)]
             channels = wider
         super().__init__(*layers, make_norm(config.norm, channels), nn.SiLU(), conv(channels, dim, 1))
@@ -345,15 +345,14 @@ class Encoder(nn.Sequential):
 
 class Decoder(nn.Sequential):
     def __init__(self, config: Config, dim: int):
-        strides = levels(config.downsample)
-        channels = config.width * 2 ** len(strides)
+        halvings = levels(config.downsample)
+        channels = config.width * 2 ** len(halvings)
         layers: list[nn.Module] = [conv(dim, channels)]
-        for level, stride in reversed(list(enumerate(strides))):
+        for level, (stride, kernel) in reversed(list(enumerate(halvings))):
             layers += [Residual(channels, config) for _ in range(config.blocks)]
-            kernel = [2 * s if s == 2 else 3 for s in stride]
             narrower = config.width * 2**level
             layers += [make_norm(config.norm, channels), nn.SiLU()]
-            layers.append(nn.ConvTranspose3d(channels, narrower, kernel, stride, [1] * 3))
+            layers.append(nn.ConvTranspose3d(channels, narrower, kernel, stride, 1))
             channels = narrower
         super().__init__(*layers, nn.SiLU(), conv(channels, 1))
 
