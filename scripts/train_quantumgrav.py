@@ -144,15 +144,26 @@ logger = logging.getLogger("run")
 # Data
 
 
+def labels_of(store: Store, ids: np.ndarray, task: str) -> np.ndarray:
+    """NaN where there is none; a store may have a negative number there."""
+    labels = store.labels.get(task, np.full(len(store), np.nan))[ids].astype(np.float64)
+    return labels if task == "curvature" else np.where(labels >= 0, labels, np.nan)
+
+
 class CausalSets(torch.utils.data.Dataset):
     """Sets of one part of the split. Keys are (epoch, index) in training, when they are augmented, else index."""
 
     def __init__(self, store: Store, ids: np.ndarray, config: Config):
         self.store, self.ids, self.config = store, ids, config
         self.sizes = store.sizes[ids]
+        self.labels = {task: labels_of(store, ids, task) for task in TASKS}
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def counts(self, indices: np.ndarray) -> dict[str, int]:
+        """How many of these sets have a label for each of --tasks, at least 1."""
+        return {task: max(int(np.isfinite(self.labels[task][indices]).sum()), 1) for task in self.config.tasks}
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict:
         epoch, index = key if isinstance(key, tuple) else (None, key)
@@ -165,7 +176,7 @@ class CausalSets(torch.utils.data.Dataset):
                 order = order[: math.ceil(len(order) * (1 - self.config.coarse_grain * rng.random()))]
             if self.config.time_reversal and rng.random() < 0.5:
                 relations = relations.T
-        labels = {task: self.store.labels[task][sample] if task in self.store.labels else math.nan for task in TASKS}
+        labels = {task: values[index] for task, values in self.labels.items()}
         return {"id": sample, "relations": relations[np.ix_(order, order)], **labels}
 
 
@@ -179,7 +190,7 @@ def collate(samples: list[dict]) -> dict[str, Tensor]:
     batch = {"relations": relations, "sizes": torch.tensor(sizes), "id": torch.tensor([s["id"] for s in samples])}
     batch["real"] = torch.arange(max(sizes)) < batch["sizes"][:, None]
     for task in TASKS:
-        batch[task] = torch.tensor(np.array([float(s[task]) for s in samples]), dtype=torch.float32)
+        batch[task] = torch.tensor([s[task] for s in samples], dtype=torch.float32)
     return batch
 
 
@@ -409,11 +420,6 @@ class CausalNet(nn.Module):
 # Tasks: targets, losses and metrics
 
 
-def known_labels(store: Store, ids: np.ndarray, task: str) -> np.ndarray:
-    values = store.labels.get(task, np.full(len(store), np.nan))[ids].astype(np.float64)
-    return values[np.isfinite(values) & ((values >= 0) | (task == "curvature"))]
-
-
 @dataclass
 class Tasks:
     """What the labels mean: class names, the dimensions that occur, the scale of the curvature. Stored with the model."""
@@ -425,7 +431,8 @@ class Tasks:
 
     @classmethod
     def of(cls, store: Store, train: np.ndarray, names: tuple[str, ...]) -> "Tasks":
-        known = {name: known_labels(store, train, name) for name in TASKS}
+        labels = {name: labels_of(store, train, name) for name in TASKS}
+        known = {name: values[np.isfinite(values)] for name, values in labels.items()}
         for name in names:
             kinds = len(np.unique(known[name]))
             if kinds < 2:
@@ -441,14 +448,13 @@ class Tasks:
         return {name: sizes[name] for name in self.names}
 
     def target(self, task: str, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(target, known): a missing label is NaN or negative."""
+        """(target, known): a missing label is NaN, and its target 0."""
         if task == "dimension":
             match = labels[:, None] == torch.tensor(self.dimensions, device=labels.device)
             return match.float().argmax(1), match.any(1)
+        known = labels.isfinite()
         if task == "curvature":
-            known = labels.isfinite()
-            return torch.where(known, (labels - self.curvature[0]) / self.curvature[1], 0.0), known
-        known = labels >= 0
+            labels = (labels - self.curvature[0]) / self.curvature[1]
         labels = torch.where(known, labels, 0.0)
         return (labels.long() if task == "class" else labels), known
 
@@ -465,12 +471,6 @@ class Tasks:
                 loss = F.cross_entropy(outputs[task], target, reduction="none")
             losses[task] = loss * known
         return losses
-
-    def counts(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        """Labels per task in one process's share of a step."""
-        return torch.stack(
-            [sum(self.target(task, batch[task])[1].sum() for batch in batches) for task in self.names]
-        ).float()
 
 
 def metrics_of(tasks: Tasks, table: dict[str, np.ndarray]) -> dict[str, float]:
@@ -577,8 +577,8 @@ def prepare_data(config: Config, accelerator) -> tuple[Store, Store | None]:
 def warn_of_shortcuts(store: Store, train: np.ndarray, tasks: Tasks) -> None:
     """One number that explains the label means that the network need not learn anything about causal sets."""
     for task in tasks.names:
-        labels = store.labels[task][train].astype(np.float64)
-        known = np.isfinite(labels) & (labels >= 0)
+        labels = labels_of(store, train, task)
+        known = np.isfinite(labels)
         if task == "curvature" or known.sum() < 200:
             continue
         for name, accuracy in shortcut(store, train[known], labels[known]).items():
@@ -739,13 +739,13 @@ def main(config: Config) -> None:
             logger.info("Starting training epoch %d.", step // sampler.steps_per_epoch)
         training.set_lr(optimizer, config.lr * training.cosine(step, sampler.total_steps, warmup=config.warmup_steps))
         batches = next(steps)
-        counts = accelerator.reduce(tasks.counts(batches), "sum").clamp(min=1)  # one denominator for the global batch
+        counts = train_set.counts(sampler.global_batch(step))  # one denominator for the global batch
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             training.seed_step(config.seed, step, micro, accelerator.process_index)
             with accelerator.accumulate(model):
                 terms = tasks.losses(model(batch), batch)
-                terms = {name: term.sum() / count for (name, term), count in zip(terms.items(), counts, strict=True)}
+                terms = {name: term.sum() / counts[name] for name, term in terms.items()}
                 loss = sum(terms.values())
                 accelerator.backward(loss * sampler.parts)  # undoes DDP's mean and the division by accumulation
             training.add(totals, {"loss": loss, **terms})

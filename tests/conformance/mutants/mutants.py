@@ -53,8 +53,10 @@ MUTANTS = (
         (
             (
                 SCRIPT,
-                'counts = accelerator.reduce(tasks.counts(batches), "sum").clamp(min=1)',
-                "counts = tasks.counts(batches).clamp(min=1) * accelerator.num_processes",
+                "counts = train_set.counts(sampler.global_batch(step))",
+                "rank, ranks = accelerator.process_index, accelerator.num_processes\n"
+                "        own = np.concatenate(sampler.micro_batches(step)[rank::ranks])\n"
+                "        counts = {task: ranks * count for task, count in train_set.counts(own).items()}",
             ),
         ),
     ),
