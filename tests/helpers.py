@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import forks
@@ -144,6 +145,18 @@ def run(args, *, ok: bool = True, timeout: float = 240, **options) -> str:
     text = launch.output()
     assert (code == 0) == ok, f"exit code {code}:\n{text}"
     return text
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Bytes by which this process grows while it works, at most."""
+
+    def kilobytes(key: str) -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = kilobytes("VmRSS")
+    work()
+    return 1024 * (kilobytes("VmHWM") - before)
 
 
 def kill_while_it_writes(module: str, folder: Path, files: str, *flags: str) -> None:

@@ -5,7 +5,6 @@ import inspect
 import math
 import multiprocessing
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import free_port
+from helpers import free_port, peak_memory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -392,18 +391,6 @@ def test_accumulation_and_processes_do_not_change_the_codebook(alone, tmp_path, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # memory
-
-
-def peak_memory(work: Callable[[], object]) -> int:
-    """Bytes by which this process grows while it works, at most."""
-
-    def kilobytes(key: str) -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = kilobytes("VmRSS")
-    work()
-    return 1024 * (kilobytes("VmHWM") - before)
 
 
 def test_a_step_of_32768_tokens_and_8192_codes_fits_in_less_than_300_mb(alone):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from test_quantizers import peak_memory
+from helpers import peak_memory
 from timing import Result, fresh, paired, show
 from torch import Tensor
 

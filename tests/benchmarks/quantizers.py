@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from test_quantizers import maps, peak_memory, picks
+from helpers import peak_memory
+from test_quantizers import maps, picks
 from timing import Result, fresh, optional, paired, show
 from torch import Tensor
 

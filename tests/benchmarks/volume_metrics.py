@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from test_quantizers import peak_memory
+from helpers import peak_memory
 from test_volume_metrics import noisy, phantom, slow_ssim_map
 from timing import Result, fresh, optional, paired, show
 from torch import Tensor
