@@ -41,12 +41,13 @@ def assert_explained(job: str, *folders: Path, unseen: Collection[str] = ()) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# measured demos
+# measured runs
 
-# What is shown of a demo: its main number and what stands beside it on the first page, then the rows of its own table.
-# A name with a slash is a key of metrics.jsonl, another one a line of report.txt.
-SHOWN: dict[str, dict] = {
+# The command of a run, its main number and what stands beside it; of a demo also the rows of its own table. A name with a
+# slash is a key of metrics.jsonl, another one a line of report.txt.
+DEMOS: dict[str, dict] = {
     "quantumgrav": {
+        "command": "python scripts/train_quantumgrav.py --demo",
         "first": ("accuracy", "test/manifold_like/accuracy", 3),
         "beside": {
             "boosting on classical observables": "boosting on all classical observables",
@@ -63,6 +64,7 @@ SHOWN: dict[str, dict] = {
         },
     },
     "student": {
+        "command": "python scripts/train_student.py --demo",
         "first": ("PSNR in dB", "test/held-out/psnr", 2),
         "beside": {"the input": "test/held-out/input_psnr", "grey-world": "test/held-out/grey_world_psnr"},
         "rows": {
@@ -73,6 +75,7 @@ SHOWN: dict[str, dict] = {
         },
     },
     "ultimate": {
+        "command": "python scripts/train_ultimate.py --demo",
         "first": ("IoU", "test/camouflage/iou", 3),
         "beside": {"boosted texture features": "boosted texture features", "colour threshold": "colour threshold"},
         "rows": {
@@ -85,6 +88,7 @@ SHOWN: dict[str, dict] = {
         },
     },
     "vqgan": {
+        "command": "python scripts/train_vqgan.py --demo",
         "first": ("PSNR in dB", "test/psnr", 2),
         "beside": {"a resize to as many bits": "test/resize_psnr"},
         "rows": {
@@ -98,10 +102,54 @@ SHOWN: dict[str, dict] = {
         },
     },
 }
+CSETS = "python -m common.demo_data.causal_sets --out data/csets --count 10000"
+ON_CSETS = "python scripts/train_quantumgrav.py --dataset-path data/csets --split 0.6 0.2 0.2 --num-workers 0"
+DIMENSION = {
+    "command": f"{ON_CSETS} --tasks dimension --epochs 8",
+    "first": ("accuracy", "test/dimension/accuracy", 3),
+    "beside": {
+        "boosting on all classical observables": "boosting on all classical observables",
+        "boosting on Myrheim-Meyer and midpoint dimension": "boosting on Myrheim-Meyer and midpoint dimension",
+    },
+}
+# Runs beyond the demos, named as results.py takes them; `data` makes what they train on.
+FURTHER: dict[str, dict] = {
+    "zoo": {
+        "data": f"{CSETS} --preset zoo",
+        "command": f"{ON_CSETS} --epochs 8",
+        "first": ("accuracy", "test/manifold_like/accuracy", 3),
+        "beside": {
+            "boosting on all classical observables and the network's misfits": (
+                "boosting on all of them and the network's misfits"
+            ),
+            "on all classical observables": "boosting on all classical observables",
+            "on interval abundances": "boosting on interval abundances",
+            "on the ordering fraction and size": "boosting on the ordering fraction and size",
+            "the commonest answer": "the commonest answer",
+        },
+    },
+    "gcn": {
+        "data": f"{CSETS} --preset zoo",
+        "command": f"{ON_CSETS} --model gcn --epochs 10",
+        "first": ("accuracy of QuantumGrav's one-layer GCN on link degrees", "test/manifold_like/accuracy", 3),
+        "beside": {"the commonest answer": "the commonest answer"},
+    },
+    "dimension-16": {"data": f"{CSETS} --preset dimension --n-min 16 --n-max 16", **DIMENSION},
+    "dimension-32": {"data": f"{CSETS} --preset dimension --n-min 32 --n-max 32", **DIMENSION},
+    "student-alone": DEMOS["student"] | {"command": "python scripts/train_student.py --demo --pseudo-root None"},
+    "vqgan-alone": DEMOS["vqgan"] | {"command": "python scripts/train_vqgan.py --demo --discriminator-iter-start -1"},
+}
+RUNS = DEMOS | FURTHER
+
+
+def script_of(name: str) -> str:
+    """The job of a run: quantumgrav of zoo."""
+    return re.search(r"scripts/train_(\w+)\.py", RUNS[name]["command"])[1]
 
 
 def several(values: list[str]) -> str:
-    return ", ".join(values)
+    """One value per seed, or the one that all of them have."""
+    return ", ".join(values if len(set(values)) > 1 else values[:1])
 
 
 def numbers(records: list[dict], key: str, digits: int) -> list[str]:
@@ -113,7 +161,7 @@ def seeds(records: list[dict]) -> list[str]:
 
 
 def alike(values: list[str]) -> str:
-    return several(list(dict.fromkeys(values)))
+    return ", ".join(dict.fromkeys(values))
 
 
 def where(records: list[dict]) -> str:
@@ -121,24 +169,25 @@ def where(records: list[dict]) -> str:
     return f"{machines}, commit {alike([r['commit'] for r in records])}"
 
 
-def of_job(records: list[dict], job: str) -> list[dict]:
-    return sorted((r for r in records if r["script"] == job), key=lambda record: record["seed"])
+def of_run(records: list[dict], name: str) -> list[dict]:
+    return sorted((r for r in records if r["run"] == name), key=lambda record: record["seed"])
 
 
-def first_page(records: list[dict]) -> str:
-    """A line per script that has been measured."""
+def overview(records: list[dict], names: Collection[str]) -> str:
+    """A line per run that has been measured."""
     lines = [
         "| command | held-out result | beside it | CPU minutes | peak memory | measured on |",
         "|---|---|---|---|---|---|",
     ]
-    for job, shown in SHOWN.items():
-        if mine := of_job(records, job):
-            title, key, digits = shown["first"]
-            beside = [f"{name} {several(numbers(mine, other, digits))}" for name, other in shown["beside"].items()]
+    for name in names:
+        if mine := of_run(records, name):
+            run = RUNS[name]
+            title, key, digits = run["first"]
+            makes = f"`{run['data']}`<br>" if "data" in run else ""
             cells = [
-                f"`python scripts/train_{job}.py --demo`, seed {several(seeds(mine))}",
+                f"{makes}`{run['command']}`, seed {', '.join(seeds(mine))}",
                 f"{title} {several(numbers(mine, key, digits))}",
-                "; ".join(beside),
+                "; ".join(f"{other} {several(numbers(mine, key, digits))}" for other, key in run["beside"].items()),
                 several([f"{r['cpu_minutes']:.1f}" for r in mine]),
                 f"{max(r['peak_mb'] for r in mine) / 1000:.1f} GB",
                 where(mine),
@@ -150,7 +199,7 @@ def first_page(records: list[dict]) -> str:
 def own_page(mine: list[dict], job: str) -> str:
     """A column per seed."""
     lines = [f"| `--demo` | {' | '.join(f'seed {seed}' for seed in seeds(mine))} |", "|---|" + "---|" * len(mine)]
-    rows = SHOWN[job]["rows"] | {"CPU minutes, all included": ("cpu_minutes", 1), "peak memory, MB": ("peak_mb", 0)}
+    rows = DEMOS[job]["rows"] | {"CPU minutes, all included": ("cpu_minutes", 1), "peak memory, MB": ("peak_mb", 0)}
     for title, shown in rows.items():
         pairs = list(zip(shown[::2], shown[1::2], strict=True))
         flat = [{"metrics": r["metrics"] | {k: r[k] for k in ("cpu_minutes", "peak_mb")}} for r in mine]
@@ -160,15 +209,18 @@ def own_page(mine: list[dict], job: str) -> str:
 
 
 def blocks(records: list[dict]) -> Iterator[tuple[Path, str, str]]:
-    """(page, name, text) of what stands between <!-- demos NAME --> and <!-- end -->."""
-    yield README, "all", first_page(records)
-    for job in SHOWN:
-        if mine := of_job(records, job):
+    """(page, name, text) of what stands between <!-- results NAME --> and <!-- end -->."""
+    yield README, "all", overview(records, DEMOS)
+    for job in DEMOS:
+        if mine := of_run(records, job):
             yield SCRIPTS, job, own_page(mine, job)
+        further = [name for name in FURTHER if script_of(name) == job]
+        if any(of_run(records, name) for name in further):
+            yield SCRIPTS, f"{job}, further", overview(records, further)
 
 
 def filled(page: str, name: str, text: str) -> str:
-    before, start, rest = page.partition(f"<!-- demos {name} -->\n")
+    before, start, rest = page.partition(f"<!-- results {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
-    assert start and end, f"the page has no block for the demos of {name}"
+    assert start and end, f"the page has no block for the results of {name}"
     return f"{before}{start}{text}\n{end}{after}"

@@ -19,7 +19,7 @@ from common.cli import RunConfig, flag, parse_only
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import accelerator  # noqa: E402
 import benchmark_page  # noqa: E402
-import demos  # noqa: E402
+import results  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -193,27 +193,33 @@ def test_the_page_of_benchmarks_is_the_measured_one():
     assert benchmark_page.PAGE.read_text() == benchmark_page.page(report), "run: python tests/benchmarks/benchmark_page.py"
 
 
-def test_the_tables_of_demos_are_the_measured_ones():
-    records = demos.read()
-    assert {record["script"] for record in records} == set(pages.SHOWN)
+def test_the_tables_of_results_are_the_measured_ones():
+    records = results.read()
+    assert {record["run"] for record in records} == set(pages.RUNS)
     for page, name, text in pages.blocks(records):
-        assert pages.filled(page.read_text(), name, text) == page.read_text(), "run: python tests/benchmarks/demos.py"
+        assert pages.filled(page.read_text(), name, text) == page.read_text(), "run: python tests/benchmarks/results.py"
     for record in records:
         assert record["cpu"] and record["commit"] and record["cpu_minutes"] > 0.1 and record["peak_mb"] > 100
+        assert record["command"] == f"{pages.RUNS[record['run']]['command']} --seed {record['seed']}"
 
 
-@pytest.mark.parametrize("name", pages.SHOWN)
-def test_what_the_tables_of_demos_show_is_logged_or_reported(name):
-    shown = pages.SHOWN[name]
-    keys = {shown["first"][1], *shown["beside"].values(), *(key for row in shown["rows"].values() for key in row[::2])}
+@pytest.mark.parametrize("name", pages.RUNS)
+def test_what_the_tables_of_results_show_is_logged_or_reported(name):
+    run, script = pages.RUNS[name], pages.script_of(name)
+    _, _, *flags = run["command"].split()
+    parse_only(write_flags.settings(f"train_{script}"), flags)
+    keys = {run["first"][1], *run["beside"].values(), *(key for row in run.get("rows", {}).values() for key in row[::2])}
     reports = "".join(path.read_text() for path in (ROOT / "common").glob("ca*.py"))
     for key in keys:
-        logged = any(pages.explains(pattern, key) for pattern in pages.keys_of(f"train_{name}.py"))
+        logged = any(pages.explains(pattern, key) for pattern in pages.keys_of(f"train_{script}.py"))
         assert logged if "/" in key else f'"{key}"' in reports, key
-    seeds = [{"script": name, "seed": seed, "metrics": dict.fromkeys(keys, seed / 8), **COST} for seed in (1, 3)]
-    assert "seed 1, 3 |" in pages.first_page(seeds) and " 0.12" in pages.first_page(seeds)
-    lines = pages.own_page(seeds, name).splitlines()
-    assert {line.count("|") for line in lines[:-2]} == {4} and lines[-1].startswith("a CPU, 1 thread, torch 2, commit 123")
+    seeds = [{"run": name, "seed": seed, "metrics": dict.fromkeys(keys, seed / 8), **COST} for seed in (1, 3)]
+    assert "seed 1, 3 |" in pages.overview(seeds, [name]) and " 0.12" in pages.overview(seeds, [name])
+    if name in pages.DEMOS:
+        lines = pages.own_page(seeds, name).splitlines()
+        assert {line.count("|") for line in lines[:-2]} == {4} and lines[-1].startswith(
+            "a CPU, 1 thread, torch 2, commit 123"
+        )
 
 
 COST = {"cpu_minutes": 1.0, "peak_mb": 512.0, "cpu": "a CPU", "torch": "2", "commit": "123"}
@@ -221,12 +227,21 @@ COST = {"cpu_minutes": 1.0, "peak_mb": 512.0, "cpu": "a CPU", "torch": "2", "com
 
 def test_a_demo_is_measured_as_a_user_runs_it(sets):
     small = ["--dataset-path", str(sets), "--transfer-path", "None", "--max-steps", "2", "--width", "8", "--batch-size", "8"]
-    record = demos.measured("quantumgrav", 3, *small)
+    record = results.measured("quantumgrav", 3, *small)
     assert record["command"] == "python scripts/train_quantumgrav.py --demo --seed 3"
     assert 0 < record["cpu_minutes"] < 2 and 100 < record["peak_mb"] < 4000
     scores = record["metrics"]
     assert 0 <= scores["test/manifold_like/accuracy"] <= 1 and 0 <= scores["boosting on all classical observables"] <= 1
     assert scores["the commonest answer"] == pytest.approx(scores["test/manifold_like/majority"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["zoo", "dimension-16"])
+def test_a_further_run_is_measured_on_the_data_that_its_command_makes(name, monkeypatch):
+    fewer = pages.RUNS[name]["data"].replace("--count 10000", "--count 200")
+    monkeypatch.setitem(pages.RUNS, name, {**pages.RUNS[name], "data": fewer})
+    record = results.measured(name, 0, "--max-steps", "2", "--width", "8", "--batch-size", "8")
+    shown = {pages.RUNS[name]["first"][1], *pages.RUNS[name]["beside"].values()}
+    assert shown <= set(record["metrics"]), shown - set(record["metrics"])
 
 
 @pytest.mark.slow

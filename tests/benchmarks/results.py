@@ -1,8 +1,9 @@
-"""The four demos as a user runs them, from an empty folder, on one thread: what they reach and what they cost.
+"""The four demos and the further runs of the pages, from an empty folder, on one thread: what they reach, what they cost.
 
-    python tests/benchmarks/demos.py [--seeds 0 1 2] [quantumgrav] [student] [ultimate] [vqgan]
+    python tests/benchmarks/results.py [--seeds 0 1 2] [--jobs 2] [quantumgrav] [student] [ultimate] [vqgan] [zoo] ...
 
-Writes docs/results.json and the tables of README.md and scripts/README.md. All four take about 16 CPU minutes per seed.
+Writes docs/results.json and the tables of README.md and scripts/README.md. The demos take 16 CPU minutes per seed; unnamed,
+they are run and nothing else. The runs stand in tests/pages.py.
 """
 
 import argparse
@@ -12,8 +13,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,23 +32,27 @@ def reported(text: str) -> dict[str, float]:
     return {name: float(value) for value, name in reversed(found)}  # of a name that comes twice, the first
 
 
-def measured(job: str, seed: int, *more: str) -> dict:
-    """One run in a folder of its own; data, training, test phase and baselines are all in its minutes."""
-    command = ["python", f"scripts/train_{job}.py", "--demo", "--seed", str(seed)]
+def measured(name: str, seed: int, *more: str) -> dict:
+    """One run in a folder of its own. What a demo makes itself is in its minutes, and test phase and baselines in all."""
+    run = pages.RUNS[name]
+    command = f"{run['command']} --seed {seed}"
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [sys.executable, ROOT / command[1], *command[2:], *more, "--output-dir", f"{folder}/run"]
-        process = subprocess.Popen(arguments, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        start = partial(subprocess.Popen, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        if "data" in run and start([sys.executable, *run["data"].split()[1:]]).wait():
+            sys.exit(f"{run['data']} failed")
+        script, *flags = command.split()[1:]
+        process = start([sys.executable, ROOT / script, *flags, *more, "--output-dir", f"{folder}/run"])
         _, status, usage = os.wait4(process.pid, 0)  # with the rank's own children, and of no other run
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+            sys.exit(f"{command} ended with {process.returncode}")
         rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         report = Path(folder, "run/report.txt").read_text()
     tested = {key: value for row in rows for key, value in row.items() if key.startswith("test/")}
     return {
-        "script": job,
+        "run": name,
         "seed": seed,
-        "command": " ".join(command),
+        "command": command,
         "metrics": tested | reported(report),
         "cpu_minutes": (usage.ru_utime + usage.ru_stime) / 60,
         "peak_mb": usage.ru_maxrss / 1024,
@@ -67,14 +75,15 @@ def write(records: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(pages.SHOWN))
+    parser.add_argument("runs", nargs="*", metavar="run", choices=[[], *pages.RUNS], help=", ".join(pages.RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
     options = parser.parse_args()
-    for job in options.scripts or pages.SHOWN:
-        for seed in options.seeds:
-            record = measured(job, seed)
-            others = [r for r in read() if (r["script"], r["seed"]) != (job, seed)]
-            write(sorted([*others, record], key=lambda r: (r["script"], r["seed"])))
+    order = list(pages.RUNS)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for record in pool.map(lambda task: measured(*task), product(options.runs or pages.DEMOS, options.seeds)):
+            others = [r for r in read() if (r["run"], r["seed"]) != (record["run"], record["seed"])]
+            write(sorted([*others, record], key=lambda r: (order.index(r["run"]), r["seed"])))
 
 
 if __name__ == "__main__":
