@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant(
         "training loss of rank 0 is logged",
         SPLIT,
-        ((TRAINING, 'values = accelerator.reduce(values, "sum")', "values = values * accelerator.num_processes"),),
+        ((TRAINING, 'accelerator.reduce(values, "sum").tolist()', "(values * accelerator.num_processes).tolist()"),),
     ),
     Mutant(
         "the split depends on the rank",
