@@ -94,6 +94,21 @@ def test_batches_of_like_cost_waste_little_padding():
     assert sorted_waste < 0.15 < waste(StepSampler(640, settings, rank_of(0, 1)))
 
 
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_processes_have_even_work_at_a_fixed_number_of_samples_too(processes):
+    cost = np.random.default_rng(3).integers(40, 81, 960).astype(float) ** 2
+    sampler = StepSampler(960, config(batch_size=16), rank_of(0, processes), costs=cost)
+    steps = range(sampler.steps_per_epoch)
+
+    def busiest(parts: list[np.ndarray]) -> float:
+        work = [len(part) * part.max() for part in parts]
+        return max(work) / np.mean(work)
+
+    equal = np.mean([busiest(np.split(np.sort(cost[sampler.global_batch(step)]), processes)) for step in steps])
+    assert np.mean([sampler.balance(step)[1] for step in steps]) < min(1.2, equal - 0.1)
+    assert all(len(part) for step in steps for part in sampler.micro_batches(step))
+
+
 def test_too_little_data_is_a_sentence():
     with pytest.raises(UserError, match="5 samples do not fill one step of 8 samples: lower --batch-size"):
         StepSampler(5, config(batch_size=8), rank_of(0, 1))
