@@ -1,10 +1,12 @@
-"""Two processes with a thread each against one: steps per second of the same work per process, goal 0.90.
+"""Two processes with a thread each against one: seconds per step of the same work per process, goal 0.90.
 
     python tests/benchmarks/scaling.py
 
-Both launches are alive at once and take turns, a few steps each. Wall time counts, so two idle cores are needed: whatever
-else runs on the machine hits the two processes more than the one, and the efficiency reads too low. A line says so when
-others were at work meanwhile (Linux). What two busy cores lose by sharing caches and clock is in it, too.
+One process, two, and one again, each a launch of its own: what the machine loses or gains meanwhile is in both sides. Wall
+time counts, so two idle cores are needed: whatever else runs on the machine hits the two processes more than the one, and
+the efficiency reads too low. A line says so when others were at work meanwhile (Linux). What two busy cores lose by sharing
+caches and clock is in it, too. (Launches that lived side by side and took turns read 0.03 to 0.06 less: cores that have
+rested are faster for a second or two, and one process leaves them more rest.)
 """
 
 import json
@@ -23,7 +25,7 @@ CASES = {  # flags for steps of 100 to 300 ms
     "ultimate": ["--width", "48", "--img-size", "96", "--batch-size", "6"],
     "vqgan": ["--patch-size", *["32"] * 3, "--width", "8", "--disc-width", "8", "--batch-size", "4"],
 }
-BLOCK, PAIRS, GOAL = 5, 5, 0.90
+BLOCK, BLOCKS, GOAL = 5, 7, 0.90
 
 
 def machine_busy() -> float:
@@ -32,60 +34,38 @@ def machine_busy() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def take_turns(job: str, mine: int, folder: Path, flags: list[str]) -> None:
-    """Train in the turns mine, mine + 2, ... (0: the launch with one process, 1: with two), and print the seconds of each.
-    The number of files in the folder is the number of the turn."""
-    seconds: list[float] = []
-    others: list[float] = []
-    turn, began, began_own, began_all = mine, 0.0, 0.0, 0.0
-
-    def wait_for(number: int) -> None:
-        while len(list(folder.iterdir())) < number:
-            time.sleep(0.05)  # at 5 ms those who wait used a third of a core
+def train(job: str, flags: list[str]) -> None:
+    """Print milliseconds per step, block by block, and how many cores were busy with anything but this process."""
+    marks: list[tuple[float, float, float]] = []
 
     def visit(step: int, config, accelerator) -> None:
-        nonlocal turn, began, began_own, began_all
-        if step == 0 or step % BLOCK:
-            return
-        if step > BLOCK:  # the first block, with both launches at work, warms up
-            seconds.append(time.perf_counter() - began)
-            others.append(machine_busy() - began_all - (time.process_time() - began_own))
+        if step and step % BLOCK == 0:  # the first block warms up
+            marks.append((time.perf_counter(), time.process_time(), machine_busy()))
+        if len(marks) > BLOCKS:
+            wall, own, every = (last - first for first, last in zip(marks[0], marks[-1], strict=True))
+            steps = [(b[0] - a[0]) / BLOCK * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
             if accelerator.is_main_process:
-                (folder / str(turn)).touch()
-            turn += 2
-        if len(seconds) == PAIRS:
-            if accelerator.is_main_process:
-                print(json.dumps([seconds, sum(others) / sum(seconds)]), flush=True)
+                print(json.dumps([steps, (every - own) / wall]), flush=True)
             raise small_jobs.Finished
-        wait_for(turn)
-        accelerator.wait_for_everyone()  # they look at different moments
-        began, began_own, began_all = time.perf_counter(), time.process_time(), machine_busy()
 
     small_jobs.train(job, flags, visit)
 
 
 def measure() -> Iterator[timing.Result]:
     for job, flags in CASES.items():
-        shared = Path(small_jobs.output("turns")[1])
-        common = [*small_jobs.data_flags(job), *flags]
-        launches = []
-        for mine in (0, 1):
-            words = (__file__, "turns", job, str(mine), str(shared), *common, *small_jobs.output(job))
-            launches.append(small_jobs.python(*words, processes=mine + 1))
-        try:
-            (one, others), (two, _) = (json.loads(small_jobs.answer(launch)) for launch in launches)
-        finally:
-            for launch in launches:
-                launch.terminate()  # the other would wait for its turn for ever
+        words = [__file__, "train", job, *small_jobs.data_flags(job), *flags]
+        launches = (small_jobs.python(*words, *small_jobs.output(job), processes=n) for n in (1, 2, 1))
+        (before, busy), (two, _), (after, too) = (json.loads(small_jobs.answer(each)) for each in launches)
+        others = max(busy, too)
         note = f"; OTHERS USED {others:.1f} CORES" if others > 0.1 else ""
-        found = timing.summary([(b / BLOCK * 1e3, a / BLOCK * 1e3) for a, b in zip(one, two, strict=True)])
+        found = timing.summary([(mine, (a + b) / 2) for mine, a, b in zip(two, before, after, strict=True)])
         yield timing.Result(
             f"train_{job}.py, step of 2 processes x 1 thread", f"1 process{note}", unit="ms", goal=GOAL, **found
         )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["turns"]:
-        take_turns(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
+    if sys.argv[1:2] == ["train"]:
+        train(sys.argv[2], sys.argv[3:])
     else:
         timing.show(measure())
