@@ -164,7 +164,7 @@ class EMACodebook(nn.Module):
         self.sizes.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         self._turn(self.sums, counts)
-        if self._candidates:
+        if self._candidates and (self.sizes < self.restart_below).any():  # else nobody need hear of the candidates
             self._restart(in_global_order(accelerator, torch.stack(self._candidates)))
         self.discard()
 

@@ -712,6 +712,7 @@ def main(config: Config) -> None:
         last = step == sampler.total_steps
         better, score = False, None
         if step > state["evaluated"] and (step % eval_every == 0 or last) and not stopping:
+            ema.share_buffers()
             values, table = evaluate(ema.module, tasks, val_loader, accelerator)
             log.evaluation(step, epoch, {f"val/{name}": value for name, value in values.items()})
             logger.info("Validation: loss=%.3f ± %.3f", values["loss"], standard_error(tasks, table))

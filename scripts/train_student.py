@@ -811,6 +811,7 @@ def main(config: Config) -> None:
         last = step == sampler.total_steps
         better, score = False, None
         if step > state["evaluated"] and (step % eval_every == 0 or last) and not stopping:
+            ema.share_buffers()
             values, _ = evaluate(ema.module, val_loader, accelerator, config)
             log.evaluation(step, epoch, {f"val/{name}": value for name, value in values.items()})
             logger.info("Validation: PSNR=%.2f dB, SSIM=%.4f", values["psnr"], values["ssim"])

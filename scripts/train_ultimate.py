@@ -886,6 +886,7 @@ def main(config: Config) -> None:
         better, score = False, None
         due = step % config.eval_every == 0 if config.eval_every else epoch_ended
         if step > state["evaluated"] and (due or last) and not stopping:
+            ema.share_buffers()
             values, table = evaluate(ema.module, val_loader, accelerator)
             shown = {name: value for name, value in values.items() if name in SHOWN or name.endswith("/entropy")}
             log.evaluation(step, epoch, {f"val/{name}": value for name, value in shown.items()})

@@ -737,6 +737,7 @@ def main(config: Config) -> None:
         lr=config.lr, betas=(0.5, 0.9), eps=1e-6 if accelerator.mixed_precision == "fp16" else 1e-8, fused=True,
     )  # fmt: skip
     model, disc, optimizer = accelerator.prepare(model, disc, optimizer)
+    training.own_buffers(model)
     raw, raw_disc = accelerator.unwrap_model(model), accelerator.unwrap_model(disc)
     ema = training.EMA(raw, config.ema_decay)
     if config.compile:
