@@ -1,6 +1,6 @@
 """The four demos and the further runs of the pages, from an empty folder, on one thread: what they reach, what they cost.
 
-    python tests/benchmarks/results.py [--seeds 0 1 2] [--jobs 2] [quantumgrav] [student] [ultimate] [vqgan] [zoo] ...
+    python tests/benchmarks/results.py [quantumgrav] [student] [ultimate] [vqgan] [zoo] ... [--seeds 0 1 2] [--jobs 2]
 
 Writes docs/results.json and the tables of README.md and scripts/README.md. The demos take 16 CPU minutes per seed; unnamed,
 they are run and nothing else. The runs stand in tests/pages.py.
