@@ -76,7 +76,8 @@ def test_one_command_prints_the_table_marks_what_misses_its_goal_and_writes_json
     assert "no_such_library is not installed: pip install" in missing
     assert "4 results" in done.stdout and "1 below their goal" in done.stdout
     report = json.loads((tmp_path / "results.json").read_text())
-    assert {"machine", "versions", "commit", "date", "seconds", "results"} == set(report)
+    assert {"machine", "versions", "commit", "date", "seconds", "costs", "results"} == set(report)
+    assert 5 < report["costs"]["good"]["peak_mb"] < 4000 and 0 <= report["costs"]["good"]["seconds"] < 60
     assert report["results"][1] == {
         **{"benchmark": "good", "what": "too slow", "against": "theirs", "unit": "ms"},
         **{"ours": 4.0, "theirs": 2.0, "ratio": 0.5, "least": 0.4, "most": 0.6, "goal": 0.9},

@@ -30,15 +30,15 @@ def benchmarks(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.py") if re.search(r"^def measure\(", path.read_text(), re.M))
 
 
-def run(name: str) -> list[timing.Result] | None:
-    """What it measured; None if it broke, with its traceback in the terminal."""
+def run(name: str) -> tuple[list[timing.Result], dict] | None:
+    """What it measured and what that cost; None if it broke, with its traceback in the terminal."""
     print(f"\n{name}", flush=True)
     with tempfile.NamedTemporaryFile("r") as record:
         process = multiprocessing.get_context("spawn").Process(target=timing.show_module, args=(name, Path(record.name)))
         process.start()
         process.join()
-        results = [timing.Result(**json.loads(text)) for text in record]
-    return None if process.exitcode else results
+        lines = [json.loads(text) for text in record]
+    return None if process.exitcode else ([timing.Result(**line) for line in lines[:-1]], lines[-1])
 
 
 def main() -> None:
@@ -53,8 +53,9 @@ def main() -> None:
         flags.out.touch()  # what cannot be written is said now, not in a quarter of an hour
     os.environ["OMP_NUM_THREADS"] = "1"
     began, found = time.perf_counter(), {name: run(name) for name in flags.names or known}
-    broken = [name for name, results in found.items() if results is None]
-    pairs = [(name, result) for name, results in found.items() for result in results or ()]
+    broken = [name for name, answer in found.items() if answer is None]
+    whole = {name: answer for name, answer in found.items() if answer}
+    pairs = [(name, result) for name, (results, _) in whole.items() for result in results]
     report = {
         "machine": f"{timing.processor()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()}
@@ -62,6 +63,7 @@ def main() -> None:
         "commit": timing.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began),
+        "costs": {name: cost for name, (_, cost) in whole.items()},
         "results": [{"benchmark": name} | asdict(result) for name, result in pairs],
     }
     if flags.out:

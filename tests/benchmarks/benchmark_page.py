@@ -34,7 +34,9 @@ def page(report: dict) -> str:
         title = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())).split("\n\n")[0]
         table = ["| | here | there | times better | against |", "|---|---|---|---|---|"]
         table += [row(found) for found in report["results"] if found["benchmark"] == name]
-        parts += [f"## {name}", title, "\n".join(table)]
+        cost = report["costs"][name]
+        run = f"`python tests/benchmarks/{name}.py`: {cost['seconds']} s, largest process {cost['peak_mb']:,} MB."
+        parts += [f"## {name}", f"{title}\n{run}", "\n".join(table)]
     return "\n\n".join(parts) + "\n"
 
 
