@@ -25,7 +25,7 @@ logger = logging.getLogger("run")
 # functions of the step
 
 
-def draw(*key: int) -> int:
+def hashed(*key: int) -> int:
     """A 32-bit number that (seed, step, ...) alone determines. NumPy's generators do that too, in 60 to 150 us of a step,
     when what the step computed has driven them out of the processor's caches; this takes 5."""
     return int.from_bytes(hashlib.blake2b(struct.pack(f"{len(key)}q", *key), digest_size=4).digest())
@@ -33,7 +33,7 @@ def draw(*key: int) -> int:
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     """Dropout and other noise of one micro-batch: nothing to save, and ranks do not repeat each other's noise."""
-    value = draw(seed, step, micro, rank)
+    value = hashed(seed, step, micro, rank)
     torch.default_generator.manual_seed(value)  # 1 us; torch.manual_seed asks every backend in turn, 116 us a step
     if torch.accelerator.is_available():
         torch.get_device_module().manual_seed(value)

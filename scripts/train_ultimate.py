@@ -606,7 +606,7 @@ class Plan:
     def scale(self, step: int) -> float:
         """The factor of --multi-scale, the same for all processes."""
         factors = self.config.multi_scale
-        return factors[training.draw(self.config.seed, 0x5CA1E, step) % len(factors)]
+        return factors[training.hashed(self.config.seed, 0x5CA1E, step) % len(factors)]
 
 
 def log_groups(optimizer: torch.optim.Optimizer, phase: Phase, plan: Plan) -> None:

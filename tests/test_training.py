@@ -13,7 +13,18 @@ from torch import nn
 from common.cli import RunConfig, UserError
 from common.data import EvalSampler, StepSampler, gather_samples
 from common.launch import check_devices
-from common.training import EMA, EarlyStopping, FiniteGuard, Rule, Verdict, cosine, draw, find_batch_size, seed_step, set_lr
+from common.training import (
+    EMA,
+    EarlyStopping,
+    FiniteGuard,
+    Rule,
+    Verdict,
+    cosine,
+    find_batch_size,
+    hashed,
+    seed_step,
+    set_lr,
+)
 
 
 def rank_of(index: int, count: int):
@@ -147,9 +158,9 @@ def test_noise_depends_on_step_micro_batch_and_rank_and_nothing_else():
     keys = [(s, t, m, r) for s in range(2) for t in range(3) for m in range(2) for r in range(2)]
     assert len({noise(*key) for key in keys}) == len(keys)
     assert noise(0, 2, 1, 1) == noise(0, 2, 1, 1)
-    assert draw(0, 2, 1, 1) == 822195455  # of any machine and version: an old run goes on with its own noise
-    drawn = np.bincount([draw(7, step) % 3 for step in range(3000)])
-    assert drawn.min() > 900 and len({draw(7, step) for step in range(3000)}) == 3000
+    assert hashed(0, 2, 1, 1) == 822195455  # of any machine and version: an old run goes on with its own noise
+    drawn = np.bincount([hashed(7, step) % 3 for step in range(3000)])
+    assert drawn.min() > 900 and len({hashed(7, step) for step in range(3000)}) == 3000
 
 
 def test_schedule_warms_up_and_ends_at_its_floor():
