@@ -107,11 +107,7 @@ def compare(
 
     `metrics` holds the network's under "test" and, of a test on further sets, under "transfer"; `limit` 0 leaves the
     baselines out."""
-    targets = {}
-    for task in names:
-        labels = store.labels[task].astype(np.float64)
-        labels = labels if task == "curvature" else np.where(labels >= 0, labels, np.nan)
-        targets[task] = (labels[train], labels[test])
+    targets = {task: (store.label(task, train), store.label(task, test)) for task in names}
     baselines = classical_baselines(store, train, test, targets, limit=limit, seed=seed, further=further) if limit else {}
     lines = []
     for task in names:
@@ -241,7 +237,7 @@ def describe(tasks, table: dict[str, np.ndarray], store: Store, folder: Path, na
             if kind is not None:
                 hard = {
                     store.classes[k]: np.where(kind == k, hardness, np.nan)[known]
-                    for k in np.unique(kind[np.isfinite(hardness)])
+                    for k in np.unique(kind[np.isfinite(hardness) & (kind >= 0)])
                 }
             draw_classification(
                 folder / "samples" / f"{name}_{task}.png", f"{name} {task}", answers,

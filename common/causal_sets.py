@@ -319,6 +319,11 @@ class Store:
     def __reduce__(self):
         return Store, (self.path,)
 
+    def label(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """float64, NaN where there is none; a store may have a negative number there, but for a curvature."""
+        labels = self.labels.get(name, np.full(len(self), np.nan))[ids].astype(np.float64)
+        return labels if name == "curvature" else np.where(labels >= 0, labels, np.nan)
+
     def packed(self, index: int) -> np.ndarray:
         """uint8 (N, ceil(N / 8)): a read-only view of the file."""
         if self._bytes is None:  # opened late, so that the store can be handed to workers for nothing

@@ -28,7 +28,8 @@ logger = logging.getLogger("run")
 def hashed(*key: int) -> int:
     """A 32-bit number that (seed, step, ...) alone determines. NumPy's generators do that too, in 60 to 150 us of a step,
     when what the step computed has driven them out of the processor's caches; this takes 5."""
-    return int.from_bytes(hashlib.blake2b(struct.pack(f"{len(key)}q", *key), digest_size=4).digest())
+    packed = struct.pack(f"<{len(key)}Q", *(number % 2**64 for number in key))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest())
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
@@ -202,11 +203,15 @@ class TermWatch:
 
 
 def check_replicas(accelerator: Accelerator, module: nn.Module, where: str) -> None:
-    """All ranks must hold the same weights to the bit: a sum of the bit patterns, compared across ranks."""
+    """All ranks must hold the same weights to the bit, and the same buffers but for running statistics of their own batches:
+    a sum of the bit patterns, compared across ranks."""
     if accelerator.num_processes == 1:
         return
-    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [(p.detach().view(views[p.element_size()]).long() * (i + 1)).sum() for i, p in enumerate(module.parameters())]
+    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensors = [tensor for part in module.modules() for tensor in part.parameters(recurse=False)]
+    shared = (part for part in module.modules() if not isinstance(part, nn.modules.batchnorm._NormBase))
+    tensors += [tensor for part in shared for tensor in part.buffers(recurse=False)]
+    sums = [(p.detach().view(views[p.element_size()]).long() * (i + 1)).sum() for i, p in enumerate(tensors)]
     gathered = accelerator.gather(torch.stack(sums).sum()[None]).tolist()
     if len(set(gathered)) > 1:
         raise RuntimeError(
@@ -223,8 +228,9 @@ def rewrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def own_buffers(model: nn.Module) -> nn.Module:
-    """No rank waits for rank 0's buffers in every forward pass, 2 to 5 % of a step on two CPU processes: only evaluation
-    reads running statistics, and `EMA.share_buffers` sends them before. By attribute, as the argument has another name
+    """No rank waits for rank 0's buffers in every forward pass, 2 to 5 % of a step on two CPU processes. Running statistics
+    are read by evaluation alone, before which `EMA.share_buffers` sends them; a codebook or a router's load is made of
+    reduced sums, the same on all ranks, which `check_replicas` sees to. By attribute, as the argument has another name
     since torch 2.15, and a warning under the old one."""
     if isinstance(model, DistributedDataParallel):
         model.broadcast_buffers = False

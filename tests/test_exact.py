@@ -150,6 +150,14 @@ def test_a_label_weighs_the_same_wherever_it_falls(seen, processes, accumulation
 
 
 @EVERY_NUMBER
+def test_running_statistics_are_each_ranks_own_until_they_are_shared_and_other_buffers_may_not_differ(seen, processes):
+    found = seen(processes)["statistics"]
+    assert len({tuple(mean) for mean in found["before"]}) == processes
+    assert found["after"] == found["before"][:1] * processes and not found["waits"]
+    assert ("after a change: the processes hold different weights" in found["drifted"]) == (processes > 1)
+
+
+@EVERY_NUMBER
 def test_the_batch_that_fits_everywhere_is_found_without_changing_the_step(seen, processes):
     found = seen(processes)["found"]
     assert found["flags"] == [[6, 2] if processes == 1 else [3, 4]] * processes  # 8 samples fit on rank 0, 3 on the others
@@ -200,7 +208,7 @@ class Curved(torch.utils.data.Dataset):
 
 
 def train(accelerator, config: RunConfig, *, means: bool = False) -> list[float]:
-    """Weights after a few steps, in float64 and with the script's denominators; or with each micro-batch's own mean."""
+    """Weights after a few steps, in float64 and with one denominator per step; or with each micro-batch's own mean."""
     accelerator.gradient_accumulation_steps = config.accumulation_steps
     tasks = script.Tasks(("curvature",), classes=(), dimensions=(), curvature=(0.0, 1.0))
     sampler = data.StepSampler(SAMPLES, config, accelerator)
@@ -239,6 +247,33 @@ def find_batch(accelerator) -> dict:
     }
 
 
+def statistics(accelerator) -> dict:
+    """Averaged running statistics of three batches that differ between ranks, before and after they are shared, and what
+    the check of the replicas says of them and of a buffer that is no running statistic."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    model.register_buffer("load", torch.zeros(2))
+    model = training.own_buffers(accelerator.prepare(model))
+    raw = accelerator.unwrap_model(model)
+    ema = training.EMA(raw, 0.5)
+    rng = np.random.default_rng(accelerator.process_index)
+    for step in range(3):
+        model(torch.from_numpy(rng.normal(size=(8, 3)))).sum().backward()
+        ema.update(step)
+    before = gather_object([ema.module[1].running_mean.tolist()])
+    ema.share_buffers()
+    after = gather_object([ema.module[1].running_mean.tolist()])
+    training.check_replicas(accelerator, raw, "in training")
+    raw.load += accelerator.process_index
+    waits = accelerator.num_processes > 1 and model.will_sync_module_buffers()
+    try:
+        training.check_replicas(accelerator, raw, "after a change")
+        drifted = ""
+    except RuntimeError as error:
+        drifted = str(error)
+    return {"before": before, "after": after, "drifted": drifted, "waits": waits}
+
+
 def main(sets: Path, out: Path) -> None:
     accelerator = launch.start(RunConfig(output_dir=out.parent, tracker="none"))
     store = Store(sets)
@@ -253,6 +288,7 @@ def main(sets: Path, out: Path) -> None:
         "weights": {n: train(accelerator, settings(n)) for n in (1, 2)},
         "weights of means": {n: train(accelerator, settings(n), means=True) for n in (1, 2)},
         "found": find_batch(accelerator),
+        "statistics": statistics(accelerator),
     }
     if accelerator.is_main_process:
         out.write_text(json.dumps(result))

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -34,7 +34,7 @@ def reported(text: str) -> dict[str, float]:
 
 def measured(name: str, seed: int, *more: str) -> dict:
     """One run in a folder of its own. What a demo makes itself is in its minutes, and test phase and baselines in all."""
-    run = pages.RUNS[name]
+    run, commit = pages.RUNS[name], timing.commit()
     command = f"{run['command']} --seed {seed}"
     with tempfile.TemporaryDirectory() as folder:
         start = partial(subprocess.Popen, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
@@ -58,7 +58,7 @@ def measured(name: str, seed: int, *more: str) -> dict:
         "peak_mb": usage.ru_maxrss / 1024,
         "cpu": timing.processor(),
         "torch": version("torch"),
-        "commit": timing.commit(),
+        "commit": commit,
         "date": date.today().isoformat(),
     }
 
@@ -75,13 +75,17 @@ def write(records: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="run", choices=[[], *pages.RUNS], help=", ".join(pages.RUNS))
+    parser.add_argument("runs", nargs="*", metavar="run", help=", ".join(pages.RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
     options = parser.parse_args()
     order = list(pages.RUNS)
+    if unknown := set(options.runs) - set(order):
+        parser.error(f"{', '.join(unknown)}: give some of {', '.join(order)}")
     with ThreadPoolExecutor(options.jobs) as pool:
-        for record in pool.map(lambda task: measured(*task), product(options.runs or pages.DEMOS, options.seeds)):
+        runs = [pool.submit(measured, *task) for task in product(options.runs or pages.DEMOS, options.seeds)]
+        for done in as_completed(runs):
+            record = done.result()
             others = [r for r in read() if (r["run"], r["seed"]) != (record["run"], record["seed"])]
             write(sorted([*others, record], key=lambda r: (order.index(r["run"]), r["seed"])))
 
