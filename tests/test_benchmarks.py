@@ -50,6 +50,18 @@ def test_a_benchmark_imports_without_libraries_and_says_how_it_runs(name, monkey
     assert callable(module.measure) and f"python tests/benchmarks/{name}.py" in module.__doc__
 
 
+@pytest.mark.parametrize("job", ["quantumgrav", "student", "ultimate", "vqgan"])
+def test_what_the_profile_counts_is_in_the_script(job, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    profile = importlib.import_module("step_profile")
+    for places in (profile.COMMON | profile.OWN[job]).values():
+        for module, names in places:
+            found = importlib.import_module(module or f"scripts.train_{job}")
+            for name in names.split("."):
+                found = getattr(found, name)
+            assert callable(found)
+
+
 def test_no_benchmark_hides_a_module_of_python():
     assert not {path.stem for path in FOLDER.glob("*.py")} & set(sys.stdlib_module_names)
 

@@ -34,7 +34,7 @@ COMMON = {  # part of a step: module, dotted name
     "an export": [("common.checkpoints", "RunFolder.export")],
 }  # fmt: skip
 OWN = {  # "" is the script itself
-    "quantumgrav": {"forward": [("", "CausalNet.forward")], "losses": [("", "Tasks.losses"), ("", "Tasks.counts")]},
+    "quantumgrav": {"forward": [("", "CausalNet.forward")], "losses": [("", "Tasks.losses"), ("", "CausalSets.counts")]},
     "student": {
         "forward": [("", "Student.forward")],
         "losses": [("", "loss_terms")],
