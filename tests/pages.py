@@ -187,7 +187,7 @@ def overview(records: list[dict], names: Collection[str]) -> str:
             cells = [
                 f"{makes}`{run['command']}`, seed {', '.join(seeds(mine))}",
                 f"{title} {several(numbers(mine, key, digits))}",
-                "; ".join(f"{other} {several(numbers(mine, key, digits))}" for other, key in run["beside"].items()),
+                "; ".join(f"{what} {several(numbers(mine, other, digits))}" for what, other in run["beside"].items()),
                 several([f"{r['cpu_minutes']:.1f}" for r in mine]),
                 f"{max(r['peak_mb'] for r in mine) / 1000:.1f} GB",
                 where(mine),

@@ -244,6 +244,22 @@ def test_a_further_run_is_measured_on_the_data_that_its_command_makes(name, monk
     assert shown <= set(record["metrics"]), shown - set(record["metrics"])
 
 
+def test_a_run_that_fails_is_named_and_loses_no_other(monkeypatch):
+    def measured(name: str, seed: int) -> dict:
+        if seed == 1:
+            raise RuntimeError(f"{name} with seed {seed} ended with 1")
+        return {"run": name, "seed": seed}
+
+    written = []
+    monkeypatch.setattr(results, "measured", measured)
+    monkeypatch.setattr(results, "read", lambda: written[-1] if written else [])
+    monkeypatch.setattr(results, "write", written.append)
+    monkeypatch.setattr(sys, "argv", ["results.py", "vqgan", "--seeds", "0", "1", "2"])
+    with pytest.raises(SystemExit, match="vqgan with seed 1 ended with 1"):
+        results.main()
+    assert written[-1] == [{"run": "vqgan", "seed": 0}, {"run": "vqgan", "seed": 2}]
+
+
 @pytest.mark.slow
 def test_slurm_requeues_a_signalled_job_which_then_continues(clone):
     """SLURM's warning before the time limit reaches the processes; the job asks for a requeue and ends the run next time."""

@@ -39,13 +39,13 @@ def measured(name: str, seed: int, *more: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         start = partial(subprocess.Popen, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
         if "data" in run and start([sys.executable, *run["data"].split()[1:]]).wait():
-            sys.exit(f"{run['data']} failed")
+            raise RuntimeError(f"{run['data']} failed")
         script, *flags = command.split()[1:]
         process = start([sys.executable, ROOT / script, *flags, *more, "--output-dir", f"{folder}/run"])
         _, status, usage = os.wait4(process.pid, 0)  # with the rank's own children, and of no other run
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{command} ended with {process.returncode}")
+            raise RuntimeError(f"{command} ended with {process.returncode}")
         rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         report = Path(folder, "run/report.txt").read_text()
     tested = {key: value for row in rows for key, value in row.items() if key.startswith("test/")}
@@ -85,9 +85,13 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [pool.submit(measured, *task) for task in product(options.runs or pages.DEMOS, options.seeds)]
         for done in as_completed(runs):
+            if done.exception():
+                continue  # the others have cost minutes: theirs are written
             record = done.result()
             others = [r for r in read() if (r["run"], r["seed"]) != (record["run"], record["seed"])]
             write(sorted([*others, record], key=lambda r: (order.index(r["run"]), r["seed"])))
+    if failed := [str(done.exception()) for done in runs if done.exception()]:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def measure() -> Iterator[timing.Result]:
     for job, flags in CASES.items():
         words = [__file__, "train", job, *small_jobs.data_flags(job), *flags]
         launches = (small_jobs.python(*words, *small_jobs.output(job), processes=n) for n in (1, 2, 1))
-        (before, *busy), (two, both), (after, too) = (json.loads(small_jobs.answer(each)) for each in launches)
-        others = max(*busy, both - 1, too)  # beside two processes the other one is no stranger
+        (before, first), (two, second), (after, third) = (json.loads(small_jobs.answer(each)) for each in launches)
+        others = max(first, second - 1, third)  # of two processes the other one is no stranger
         note = f"; OTHERS USED {others:.1f} CORES" if others > 0.1 else ""
         found = timing.summary([(mine, (a + b) / 2) for mine, a, b in zip(two, before, after, strict=True)])
         yield timing.Result(
